@@ -1,0 +1,52 @@
+"""The roof: one table of commands. A command's module is imported when it is called, so that --help stays quick."""
+
+import importlib
+import os
+import sys
+
+from mpdit.errors import CheckFailed, InputError
+
+# command: (module:function, what it does). function(argv) -> exit code.
+COMMANDS = {
+    "doctor": ("mpdit_tools.doctor:main", "what this machine can run, and what to do about the rest"),
+    "data":   ("mpdit_tools.data.main:main", "build image-text shards: icons, or a folder of your own"),
+    "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),
+    "sample": ("mpdit.sample.main:main", "pictures for prompts out of a run's checkpoint"),
+}  # fmt: skip
+
+
+def usage() -> str:
+    lines = [f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mpdit COMMAND [ARGUMENTS]    (mpdit COMMAND --help tells more)",
+            "",
+            "Model-parallel pretraining of text-to-image diffusion transformers under muP.",
+            "",
+            *lines,
+            "",
+            "exit codes: 0 done, 1 the check failed, 2 the input was wrong",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from mpdit import __version__
+
+        print(f"mpdit {__version__}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise InputError(f"mpdit: no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}.")
+        module, function = COMMANDS[argv[0]][0].split(":")
+        return int(getattr(importlib.import_module(module), function)(argv[1:]) or 0)
+    except (InputError, CheckFailed) as error:
+        # Every rank of a torchrun job sees the same bad input; one sentence is enough.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mpdit: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1

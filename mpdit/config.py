@@ -1,0 +1,272 @@
+"""Every setting of a run, as frozen dataclasses: read from YAML, overridden with dotted keys, written back resolved.
+
+All learning-rate-like values are *base* values: those of the proxy whose width is ``mup.base_width``. What a parameter of
+this model really gets is in the run folder's ``mup_table.json``.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mpdit.errors import InputError
+from mpdit.presets import PRESETS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """The network. ``preset`` fills what is not given here; see mpdit/presets.py."""
+
+    arch: Literal["mmdit"] = "mmdit"
+    preset: str | None = None
+    width: int = 128
+    depth: int = 4
+    head_dim: int = 32
+    mlp_ratio: int = 4
+    patch: int = 4
+    image_size: int = 32  # pixels (or latent pixels) a side
+    channels: int = 3
+    text_tokens: int = 16  # captions are padded or cut to this many tokens
+    vocab_size: int = 0  # 0: that of the data set's tokenizer
+    qk_norm: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LrMult:
+    """Multipliers of the base learning rate by parameter group, tuned on the proxy and transferred as they are."""
+
+    input: float = 1.0
+    table: float = 1.0
+    hidden: float = 1.0
+    modulation: float = 1.0
+    output: float = 1.0
+    vector: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Mup:
+    """The parametrization: how init, learning rate, weight decay and eps follow the width."""
+
+    parametrization: Literal["sp", "mup"] = "mup"
+    base_width: int = 128  # the proxy's width: there the model is the same under sp and mup
+    base_head_dim: int | None = None  # None: the model's own head_dim
+    wd_rule: Literal["independent", "const", "sqrt"] = "independent"
+    eps_rule: Literal["scaled", "constant"] = "scaled"
+    wd_vector: bool = False  # the paper decays biases and gains too
+    output_mult: float = 1.0
+    adaln_init: Literal["zero", "hidden"] = "zero"
+    readout_init: Literal["zero", "base"] = "zero"
+    lr_mult: LrMult = LrMult()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Optim:
+    """AdamW and its schedule; base (proxy) values."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    clip: float = 1.0  # global gradient norm; 0: off
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    decay_steps: int = 0  # wsd: the length of its linear tail, in steps
+    final_lr_ratio: float = 0.0  # learning rate at the last step / peak learning rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Parallel:
+    """The layout. Data parallelism is what is left of the world: ranks / (tp * pp * cp)."""
+
+    tp: int = 1
+    sp: bool = False  # sequence parallelism (shards activations over the tensor-parallel ranks)
+    pp: int = 1
+    vpp: int = 1  # model chunks a pipeline rank holds (interleaved schedule)
+    pp_split: tuple[int, ...] | None = None  # blocks of each stage, pp * vpp numbers; None: equal
+    cp: int = 1  # context parallelism (Ulysses: heads <-> tokens)
+    distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute: Literal["none", "full"] = "none"
+    micro_batch: int = 0  # images a rank runs at once; 0: its whole share of the batch (pp: a pp-th of it)
+    backend: Literal["local"] = "local"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Shards made by ``mpdit data build``."""
+
+    path: str = "data/icons"
+    text: Literal["sentencepiece"] = "sentencepiece"
+    caption_drop: float = 0.1  # share of captions replaced by the empty one, for guidance
+    mirror: bool = False  # flip half of the images left to right
+    workers: int = 1  # DALI threads a rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """Rectified flow (Esser et al., arXiv 2403.03206): x_t = (1 - t) x_0 + t noise, the target is noise - x_0."""
+
+    kind: Literal["flow"] = "flow"
+    timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    steps: int = 1000
+    batch_size: int = 64  # global, in images
+    seed: int = 0
+    log_every: int = 10  # steps between the lines on the terminal; metrics.jsonl has every step
+    save_every: int = 0  # steps; 0: at the end only
+    keep_last: int = 3  # checkpoints kept; 0: all
+    val_every: int = 0  # steps between validation losses; 0: at the end only
+    val_images: int = 256
+    sample_every: int = 0  # steps between sample grids; 0: at the end only
+    ema_decay: float = 0.999
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """How pictures are drawn, during the run and by ``mpdit sample``."""
+
+    prompts: tuple[str, ...] = ()  # empty: captions of the validation set
+    steps: int = 30  # Euler steps
+    guidance: float = 3.0  # classifier-free guidance scale; 1: off
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    dir: str = "runs/default"
+    mlflow_uri: str | None = None  # None: sqlite store mlflow.db beside the run folder
+    experiment: str = "mpdit"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    model: Model = Model()
+    mup: Mup = Mup()
+    optim: Optim = Optim()
+    parallel: Parallel = Parallel()
+    data: Data = Data()
+    objective: Objective = Objective()
+    train: Train = Train()
+    sample: Sample = Sample()
+    run: Run = Run()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file with dotted overrides, e.g. ``["parallel.tp=2", "optim.lr=1e-3"]``.
+
+    Raises InputError for an unreadable file, an unknown key (with the nearest known one) or a value of the wrong type.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read as a config: {error}.") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: should hold sections such as 'model:' and 'train:', but is a {type(tree).__name__}.")
+    for override in overrides:
+        _apply(tree, override)
+    return from_dict(tree, str(path))
+
+
+def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
+    """Build a Config out of nested dicts; ``model.preset`` fills the model's keys that are not given.
+
+    Raises InputError as :func:`load` does; `source` names the file in the sentence.
+    """
+    model = tree.get("model")
+    if isinstance(model, dict) and model.get("preset") is not None:
+        name = model["preset"]
+        if name not in PRESETS:
+            raise InputError(f"{source}: model.preset is {name!r}{_suggest(str(name), PRESETS)}.")
+        tree = {**tree, "model": {**PRESETS[name], **model}}
+    return _build(Config, tree, "", source)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dicts and lists: what YAML and JSON can hold."""
+    return {
+        key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
+    }
+
+
+def dump(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override!r}: an override looks like section.key=value, for example parallel.tp=2.")
+    *sections, last = key.removeprefix("--").split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise InputError(f"{override!r}: {section} is a value, not a section.")
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{override!r}: the value is not YAML.") from error
+
+
+def _suggest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _build(cls: Any, tree: Any, path: str, source: str) -> Any:
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: {path.rstrip('.')} should be a section with keys, but is {tree!r}.")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in hints:
+            raise InputError(f"{source}: unknown key {path}{key}{_suggest(str(key), hints)}.")
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(hints[key], {} if value is None else value, f"{path}{key}.", source)
+        else:
+            values[key] = _convert(hints[key], value, f"{path}{key}", source)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, key: str, source: str) -> Any:
+    """`value` as the annotated type; YAML reads 1e-3 as a string and 1 as an int, both are fine floats."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, key, source)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise InputError(f"{source}: {key} is {value!r}{_suggest(str(value), [str(a) for a in arguments])}.")
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(arguments[0], item, f"{key}[{i}]", source) for i, item in enumerate(value))
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif hint in (int, bool, str) and type(value) is hint:
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(hint, "a list")
+    raise InputError(f"{source}: {key} is {value!r}, but should be {wanted}.")

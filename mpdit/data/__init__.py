@@ -1,0 +1,1 @@
+"""From shards to tensors: index, plan, DALI, text."""

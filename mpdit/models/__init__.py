@@ -1,0 +1,1 @@
+"""The networks. They read like their papers and import no process group."""

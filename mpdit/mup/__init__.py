@@ -1,0 +1,1 @@
+"""The parametrization: roles, rules and the one table of every parameter."""

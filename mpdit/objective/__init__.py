@@ -1,0 +1,1 @@
+"""What is learned: targets, timesteps, and draws keyed by sample."""

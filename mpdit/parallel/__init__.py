@@ -1,0 +1,1 @@
+"""The only room that imports megatron.core: devices, layers, layouts, stages, optimizer, checkpoints."""

@@ -1,0 +1,1 @@
+"""Pictures: ODE solvers, guidance, grids."""

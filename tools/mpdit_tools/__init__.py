@@ -1,0 +1,1 @@
+"""Around training: data building and the machine check."""
