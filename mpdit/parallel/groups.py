@@ -1,0 +1,122 @@
+"""Process groups: the world, and Megatron's tensor-, pipeline-, context- and data-parallel groups within it."""
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from mpdit.config import Parallel
+from mpdit.errors import InputError
+from mpdit.parallel import accel
+
+
+def world_size() -> int:
+    """Ranks of this job, as torchrun says; 1 without it."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def data_parallel_size(parallel: Parallel, world: int) -> int:
+    """Ranks left for data parallelism. Raises InputError if the layout does not divide the world."""
+    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    if world % model_ranks:
+        raise InputError(
+            f"parallel: tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = {model_ranks} ranks do not divide the "
+            f"{world} that were started; start a multiple of {model_ranks}, or change the layout."
+        )
+    return world // model_ranks
+
+
+def start(parallel: Parallel, seed: int, timeout_s: float = 600.0) -> None:
+    """Join the world (unless the caller already did) and make Megatron's groups for this layout."""
+    if not dist.is_initialized():
+        for key, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(key, value)
+        alone = os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0"
+        dist.init_process_group(
+            accel.collective_backend(),
+            timeout=datetime.timedelta(seconds=timeout_s),
+            **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+        )
+    parallel_state.initialize_model_parallel(
+        parallel.tp,
+        parallel.pp,
+        parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def stop() -> None:
+    """Leave the groups and the world."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def mean_over_world(value: float) -> float:
+    """The mean of a number over all ranks, on every rank."""
+    total = torch.tensor([value], dtype=torch.float64 if not accel.is_cuda() else torch.float32, device=accel.device())
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+def data_rank() -> int:
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def data_size() -> int:
+    return int(parallel_state.get_data_parallel_world_size())
+
+
+def context_rank() -> int:
+    return int(parallel_state.get_context_parallel_rank())
+
+
+def is_first_stage() -> bool:
+    return bool(parallel_state.is_pipeline_first_stage(ignore_virtual=True))
+
+
+def is_last_stage() -> bool:
+    return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+
+def gather_over_stages(value: Any) -> list[Any]:
+    """`value` of every pipeline rank that shares this rank's place in its stage, in stage order."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's `value`, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_over_data(value: torch.Tensor) -> torch.Tensor:
+    """Tensors of equal shape from all data-parallel ranks, joined along dim 0, on every rank."""
+    group = parallel_state.get_data_parallel_group()
+    parts = [torch.empty_like(value) for _ in range(group.size())]
+    dist.all_gather(parts, value.contiguous(), group=group)
+    return torch.cat(parts)

@@ -1,0 +1,127 @@
+"""Linear layers, gains and tables that know their muP role and their place in a layout.
+
+Shapes: S tokens (this rank's, under sequence parallelism), B samples, D width. A column-parallel weight is sharded over
+its outputs, a row-parallel one over its inputs; both keep Megatron's names. Biases everywhere.
+"""
+
+import dataclasses
+
+import torch
+from megatron.core import tensor_parallel as tp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mpdit.mup.roles import Group, Role, declare, matrix, table, vector
+from mpdit.parallel.context import Context
+
+
+def _mark_sharded(weight: nn.Parameter, dim: int) -> None:
+    # megatron-core 0.16 tags a weight only where it initialises it. Untagged, its shards are left out of the gradient
+    # norm on all tensor ranks but one.
+    if not hasattr(weight, "tensor_model_parallel"):
+        tp.set_tensor_model_parallel_attributes(weight, True, dim, 1)
+
+
+class ColumnLinear(tp.ColumnParallelLinear):
+    """[S, B, fan_in] whole -> [S, B, fan_out / tp]: this rank's outputs. Under SP the input is gathered along S."""
+
+    def __init__(self, ctx: Context, fan_in: int, fan_out: int) -> None:
+        super().__init__(fan_in, fan_out, config=ctx.megatron, init_method=None, bias=True, gather_output=False)
+        _mark_sharded(self.weight, 0)
+        declare(self, weight=matrix(Role.HIDDEN, fan_out, fan_in), bias=vector(fan_out))
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        return super().forward(x_SBD)[0]
+
+
+class RowLinear(tp.RowParallelLinear):
+    """[S, B, fan_in / tp] -> [S, B, fan_out] summed over the tensor ranks. Under SP the output is scattered along S."""
+
+    def __init__(self, ctx: Context, fan_in: int, fan_out: int) -> None:
+        super().__init__(
+            fan_in,
+            fan_out,
+            config=ctx.megatron,
+            init_method=None,
+            bias=True,
+            input_is_parallel=True,
+            skip_bias_add=False,
+        )
+        _mark_sharded(self.weight, 1)
+        declare(self, weight=matrix(Role.HIDDEN, fan_out, fan_in), bias=vector(fan_out))
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        return super().forward(x_SBD)[0]
+
+
+class Modulation(tp.ColumnParallelLinear):
+    """adaLN: conditioning [1, B, D] -> `parts` tensors [1, B, D]. A third of an MMDiT's weights, so sharded under TP.
+
+    The conditioning is whole on every rank, so the layer takes a config without sequence parallelism. Under SP what it
+    makes multiplies a slice of the tokens, and its gradient is partial: it is summed over the tensor ranks
+    (`tokens_sharded`), except at the readout, where the tokens are whole again.
+    """
+
+    def __init__(self, ctx: Context, parts: int, *, tokens_sharded: bool = True) -> None:
+        config = dataclasses.replace(ctx.megatron, sequence_parallel=False)
+        super().__init__(ctx.width, parts * ctx.width, config=config, init_method=None, bias=True, gather_output=True)
+        _mark_sharded(self.weight, 0)
+        self.parts = parts
+        self.sum_gradient = tokens_sharded and ctx.megatron.sequence_parallel
+        weight = matrix(Role.HIDDEN, parts * ctx.width, ctx.width, group=Group.MODULATION)
+        declare(self, weight=weight, bias=vector(parts * ctx.width))
+
+    def forward(self, cond_1BD: Tensor) -> tuple[Tensor, ...]:
+        y = super().forward(cond_1BD)[0]
+        if self.sum_gradient:
+            y = tp.copy_to_tensor_model_parallel_region(y)
+        return y.chunk(self.parts, -1)
+
+
+class ReplicatedLinear(nn.Linear):
+    """A small linear that every tensor rank holds whole: embedders, on whole tokens."""
+
+    def __init__(self, ctx: Context, fan_in: int, fan_out: int, role: Role) -> None:
+        super().__init__(fan_in, fan_out, dtype=ctx.dtype)
+        declare(self, weight=matrix(role, fan_out, fan_in), bias=vector(fan_out))
+
+
+class Readout(nn.Linear):
+    """width -> finite: muP's output layer. The multiplier acts on the input and is set from the table."""
+
+    def __init__(self, ctx: Context, fan_out: int) -> None:
+        super().__init__(ctx.width, fan_out, dtype=ctx.dtype)
+        self.multiplier = 1.0
+        declare(
+            self,
+            weight=matrix(Role.OUTPUT, fan_out, ctx.width),
+            bias=vector(fan_out, eps_follows_width=False),
+        )
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        return F.linear(x_SBD * self.multiplier, self.weight, self.bias)
+
+
+class Table(nn.Embedding):
+    """Learned vectors looked up by id: [rows, width]."""
+
+    def __init__(self, ctx: Context, rows: int) -> None:
+        super().__init__(rows, ctx.width, dtype=ctx.dtype)
+        declare(self, weight=table(rows, ctx.width))
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of queries or keys over head_dim, with a gain shared by all heads.
+
+    Must be named ``q_layernorm`` or ``k_layernorm``: a tensor rank sees its own heads only, and Megatron sums gains with
+    these names over the tensor ranks when ``qk_layernorm`` is set.
+    """
+
+    def __init__(self, ctx: Context, head_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_dim, dtype=ctx.dtype))
+        self.eps = eps
+        declare(self, weight=vector(head_dim, fill=1.0, eps_follows_width=False))
+
+    def forward(self, x_SBHd: Tensor) -> Tensor:
+        return F.rms_norm(x_SBHd, self.weight.shape, self.weight, self.eps)

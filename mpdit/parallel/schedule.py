@@ -1,0 +1,101 @@
+"""Megatron's pipeline schedules (none, 1F1B, interleaved) around this project's stages."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from mpdit.parallel import accel
+from mpdit.parallel.context import Context
+from mpdit.parallel.stages import boundary_tokens
+
+LossFunction = Callable[[Tensor, Any], Tensor]
+
+
+def forward_backward(
+    ctx: Context,
+    chunks: Sequence[nn.Module],
+    micro_batches: Sequence[Any],
+    loss_function: LossFunction,
+    streams: dict[str, int],
+    *,
+    forward_only: bool = False,
+) -> float:
+    """Run the micro-batches through the pipeline; gradients end in the chunks' buffers.
+
+    A micro-batch has ``inputs`` for the network and whatever `loss_function(prediction, micro_batch)` needs: a mean over
+    this context rank's tokens. Returns the mean loss over micro-batches, data and context ranks, on every rank.
+    """
+    cp = ctx.config.parallel.cp
+
+    def forward_step(iterator: Iterator[Any], stage: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        micro_batch = next(iterator)
+
+        def loss(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            value = loss_function(prediction, micro_batch)
+            # Megatron multiplies by cp, DDP averages over data x context ranks. And it divides in place: hence the clone.
+            return value / cp, {"loss": value.detach().clone()}
+
+        return stage(micro_batch.inputs), loss
+
+    reported = _run(ctx, chunks, micro_batches, forward_step, streams, forward_only)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    mean = torch.stack([r["loss"] for r in reported]).mean() if last else torch.zeros((), device=accel.device())
+    mean = mean.float() / (dist.get_world_size() / ctx.config.parallel.pp)
+    dist.all_reduce(mean)
+    return mean.item()
+
+
+@torch.no_grad()
+def predict(ctx: Context, chunks: Sequence[nn.Module], micro_batches: Sequence[Any], streams: dict[str, int]) -> list[Tensor]:
+    """The network's prediction [S, B, P] for each micro-batch, whole, on every rank of the model."""
+
+    def forward_step(iterator: Iterator[Any], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        return stage(next(iterator).inputs), lambda prediction, non_loss_data: prediction
+
+    outputs = _run(ctx, chunks, micro_batches, forward_step, streams, True, collect_non_loss_data=True)
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        rows = next(iter(streams.values())) // ctx.config.parallel.cp
+        features = ctx.config.model.patch**2 * ctx.config.model.channels
+        outputs = [torch.empty(rows, m.size, features, dtype=ctx.dtype, device=accel.device()) for m in micro_batches]
+    for output in outputs:
+        dist.broadcast(
+            output, parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group()
+        )
+    return [_gather_context(output) for output in outputs]
+
+
+def _gather_context(tokens_SBP: Tensor) -> Tensor:
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return tokens_SBP
+    whole = [torch.empty_like(tokens_SBP) for _ in range(group.size())]
+    dist.all_gather(whole, tokens_SBP.contiguous(), group=group)
+    return torch.cat(whole)
+
+
+def _run(
+    ctx: Context,
+    chunks: Sequence[nn.Module],
+    micro_batches: Sequence[Any],
+    forward_step: Callable[..., Any],
+    streams: dict[str, int],
+    forward_only: bool,
+    **options: Any,
+) -> list[Any]:
+    # Each chunk of an interleaved schedule walks through the micro-batches on its own.
+    iterators = [iter(micro_batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(micro_batches),
+        seq_length=boundary_tokens(ctx.config, streams),
+        micro_batch_size=micro_batches[0].size,
+        forward_only=forward_only,
+        **options,
+    )

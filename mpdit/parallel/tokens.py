@@ -1,0 +1,29 @@
+"""Where the tokens are: whole, this context rank's share, or this tensor rank's share under sequence parallelism.
+
+Models call these by name and never ask how many ranks there are; each is the identity where there is nothing to split.
+"""
+
+from megatron.core import parallel_state
+from megatron.core import tensor_parallel as tp
+from torch import Tensor
+
+from mpdit.parallel.context import Context
+
+
+def own_context(x_S: Tensor) -> Tensor:
+    """This context rank's contiguous share of the tokens (dim 0) of something whole. Constant inputs, or lookups whose
+    gradients are averaged over the context ranks anyway."""
+    size = parallel_state.get_context_parallel_world_size()
+    return x_S if size == 1 else x_S.chunk(size)[parallel_state.get_context_parallel_rank()]
+
+
+def scatter(ctx: Context, x_SBD: Tensor) -> Tensor:
+    """Into the blocks: under SP, this tensor rank's share of the tokens; the gradient is gathered."""
+    return tp.scatter_to_sequence_parallel_region(x_SBD) if ctx.megatron.sequence_parallel else x_SBD
+
+
+def gather(ctx: Context, x_SBD: Tensor) -> Tensor:
+    """Out of the blocks: whole tokens for a readout that every tensor rank computes alike."""
+    if not ctx.megatron.sequence_parallel:
+        return x_SBD
+    return tp.gather_from_sequence_parallel_region(x_SBD, tensor_parallel_output_grad=False)

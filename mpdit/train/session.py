@@ -1,0 +1,85 @@
+"""What a run is made of on this rank: stages, muP table, optimizer, schedule, EMA. Built the same for every layout."""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from mpdit import models
+from mpdit.config import Config
+from mpdit.mup.roles import collect
+from mpdit.mup.table import Table, merge, resolve
+from mpdit.parallel import accel, context, groups, init, optimizer, schedule, stages
+from mpdit.parallel.context import Context
+from mpdit.train import batches
+from mpdit.train.batches import FlowBatch
+from mpdit.train.ema import EMA
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """The stages of this rank with their weights; enough to draw pictures."""
+
+    ctx: Context
+    chunks: list[Any]  # Stage, or Stage under DDP
+    table: Table  # of the whole model
+    streams: dict[str, int]
+
+    def predict(self, micro_batches: list[FlowBatch]) -> list[torch.Tensor]:
+        return schedule.predict(self.ctx, self.chunks, micro_batches, self.streams)
+
+    def validate(self, micro_batches: list[FlowBatch]) -> float:
+        """The mean loss, without gradients, on every rank."""
+        with torch.no_grad():
+            return schedule.forward_backward(
+                self.ctx, self.chunks, micro_batches, batches.loss, self.streams, forward_only=True
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    network: Network
+    optimizer: Any
+    scheduler: Any
+    ema: EMA
+
+    def forward_backward(self, micro_batches: list[FlowBatch]) -> float:
+        """Zero the gradients, run the micro-batches, leave reduced gradients; the mean loss, on every rank."""
+        for chunk in self.network.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        network = self.network
+        return schedule.forward_backward(
+            network.ctx, network.chunks, micro_batches, batches.loss, network.streams
+        )
+
+    def update(self) -> float:
+        """Clip, step the optimizer and the schedule; the global gradient norm before clipping."""
+        _, norm, _ = self.optimizer.step()
+        self.scheduler.step(1)
+        return float(norm) if norm is not None else 0.0
+
+    def settled(self) -> Any:
+        return optimizer.settled(self.network.ctx, self.network.chunks)
+
+
+def build_network(config: Config) -> Network:
+    """Stages with the initial weights of (seed, name, global shape), in eval order of the layout. Collective."""
+    ctx = context.build(config)
+    parts = models.parts(ctx)
+    chunks = stages.build(ctx, parts)
+    tags = merge(groups.gather_over_stages({n: t for chunk in chunks for n, t in collect(chunk).items()}))
+    table = resolve(tags, config)
+    for chunk in chunks:
+        init.initialise(chunk, table, config.train.seed)
+        chunk.to(accel.device())
+    return Network(ctx=ctx, chunks=chunks, table=table, streams=parts.streams())
+
+
+def build(config: Config) -> Session:
+    """A session at step 0. Collective. Raises InputError for an untagged parameter."""
+    bare = build_network(config)
+    chunks = optimizer.wrap(bare.ctx, bare.chunks)
+    network = dataclasses.replace(bare, chunks=chunks)
+    adam, scheduler = optimizer.build(bare.ctx, chunks, bare.table)
+    return Session(network=network, optimizer=adam, scheduler=scheduler, ema=EMA(chunks, config.train.ema_decay))
