@@ -1,0 +1,50 @@
+"""Pictures for prompts from a network in any layout: guidance as two halves of one batch, through the pipeline."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpdit.config import Config
+from mpdit.models.layers import Inputs, unpatchify
+from mpdit.objective import draws
+from mpdit.parallel import accel, groups
+from mpdit.sample.samplers import euler, guided
+
+Tokens = Callable[[Sequence[str]], Tensor]  # captions -> ids [B, L]
+Predict = Callable[[list[Any]], list[Tensor]]  # micro-batches -> predictions [S, B, P]
+MakeBatch = Callable[[Inputs, int], Any]
+
+
+def draw(
+    config: Config, prompts: Sequence[str], tokens: Tokens, predict: Predict, make_batch: MakeBatch
+) -> Tensor:
+    """Images [N, C, H, W] in [-1, 1], one a prompt, on every rank; collective.
+
+    The noise is a function of (sample.seed, the prompt's number): a picture depends neither on the layout nor on the
+    prompts beside it. Data-parallel ranks take a share each.
+    """
+    model, sample = config.model, config.sample
+    ranks, rounds = groups.data_size(), config.parallel.pp
+    share = -(-len(prompts) // (ranks * rounds)) * rounds  # padded so that each micro-batch of each rank is alike
+    mine = [i % len(prompts) for i in range(groups.data_rank() * share, (groups.data_rank() + 1) * share)]
+    shape = (model.channels, model.image_size, model.image_size)
+    noise = draws.noise(sample.seed, mine, [0] * len(mine), shape).to(accel.device())
+    text = tokens([prompts[i] for i in mine]).to(accel.device())
+    null = tokens([""] * len(mine)).to(accel.device())
+
+    def velocity(x_BCHW: Tensor, t: float) -> Tensor:
+        time_B = torch.full((len(mine),), t, device=x_BCHW.device)
+
+        def micro_batches(ids: Tensor) -> list[Any]:
+            parts = zip(x_BCHW.chunk(rounds), time_B.chunk(rounds), ids.chunk(rounds), strict=True)
+            return [make_batch(Inputs(image_BCHW=x, time_B=s, text_BL=i), len(x)) for x, s, i in parts]
+
+        asked = micro_batches(text) + (micro_batches(null) if sample.guidance != 1 else [])
+        whole = torch.cat([p.float() for p in predict(asked)], 1)
+        predicted = unpatchify(whole, model.patch, model.image_size, model.image_size)
+        return predicted if sample.guidance == 1 else guided(*predicted.chunk(2), sample.guidance)
+
+    images = euler(velocity, noise, sample.steps).clamp(-1, 1)
+    return groups.gather_over_data(images)[: len(prompts)].cpu()

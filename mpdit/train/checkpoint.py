@@ -1,0 +1,206 @@
+"""Checkpoints: ``checkpoints/step_N/``, written beside and renamed when whole, loadable into any layout.
+
+A folder holds the sharded tensors (fp32 weights, moments, EMA in model space), ``state.json`` (step, position in the
+data, model) and, written last, ``manifest.json`` with the size and SHA-256 of every file: without it a checkpoint is
+incomplete, with a file that disagrees it is damaged.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mpdit.config import Config, to_dict
+from mpdit.errors import InputError
+from mpdit.parallel import groups, optimizer, sharded
+from mpdit.train.session import Network, Session
+
+FORMAT = "mpdit-checkpoint/1"
+_MANIFEST, _STATE = "manifest.json", "state.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where a run stands: optimizer steps done, and the plan that turns the step number into samples."""
+
+    step: int
+    plan_hash: str
+
+
+def folder_of(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save(session: Session, config: Config, position: Position, run_dir: Path) -> Path:
+    """Write ``checkpoints/step_N``, atomically; collective. Older ones beyond ``train.keep_last`` are removed."""
+    final = folder_of(run_dir) / f"step_{position.step}"
+    partial = final.with_name(final.name + ".partial")
+    if groups.rank() == 0:
+        for stale in folder_of(run_dir).glob("step_*.partial"):
+            shutil.rmtree(stale)
+        partial.mkdir(parents=True)
+    groups.barrier()
+    with session.settled():
+        sharded.save(_tensors(session), partial)
+    groups.barrier()
+    if groups.rank() == 0:
+        state = {"format": FORMAT, **dataclasses.asdict(position), "model": to_dict(config.model)}
+        _write_json(partial / _STATE, state)
+        files = sorted(p for p in partial.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        _write_json(partial / _MANIFEST, {"format": FORMAT, "files": manifest})
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _sync(final.parent)
+        _prune(run_dir, config.train.keep_last)
+    groups.barrier()
+    return final
+
+
+def _tensors(session: Session) -> dict[str, Any]:
+    tensors = {}
+    for name, parameter, state in optimizer.whole_state(session.network.ctx, session.network.chunks, session.optimizer):
+        for kind, value in (*state.items(), ("ema", session.ema.values[name])):
+            tensors[f"{kind}.{name}"] = sharded.tensor(f"{kind}.{name}", value, parameter)
+    return tensors
+
+
+def _prune(run_dir: Path, keep_last: int) -> None:
+    if keep_last:
+        for _, path in steps(run_dir)[keep_last:]:
+            shutil.rmtree(path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- finding and reading ---------------------------------------------------------------------------------------------
+
+
+def steps(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every renamed checkpoint, newest first; what it holds is not looked at."""
+    found = []
+    for path in folder_of(run_dir).glob("step_*"):
+        number = path.name.removeprefix("step_")
+        if number.isdecimal() and path.is_dir():
+            found.append((int(number), path))
+    return sorted(found, reverse=True)
+
+
+def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is complete and undamaged; None if the run has none at all.
+
+    Damaged ones are named to `warn` and passed over. Raises InputError if there are checkpoints, but none is good.
+    """
+    broken = None
+    for _, path in steps(run_dir):
+        try:
+            verify(path)
+            return path
+        except InputError as error:
+            broken = error
+            warn(f"{error} The one before it is used.")
+    if broken is not None:
+        raise InputError(f"{folder_of(run_dir)}: holds no complete checkpoint; the last one tried: {broken}")
+    return None
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the manifest. Raises InputError for an incomplete or damaged checkpoint."""
+    if not path.is_dir():
+        raise InputError(f"{path}: there is no such checkpoint folder; it should be RUN/checkpoints/step_N.")
+    if not (path / _MANIFEST).is_file():
+        raise InputError(f"{path}: is incomplete, it has no {_MANIFEST} (the run was stopped while writing it).")
+    files = _read_json(path / _MANIFEST).get("files")
+    if not isinstance(files, dict) or _STATE not in files:
+        raise InputError(f"{path / _MANIFEST}: is damaged, it lists no files; use another checkpoint.")
+    for name, expected in files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{path / _MANIFEST}: names {name}, which lies outside the checkpoint; use another one.")
+        if not file.is_file():
+            raise InputError(f"{file}: is missing, so the checkpoint is incomplete; use another one.")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise InputError(f"{file}: is damaged (its size or SHA-256 is not the manifest's); use another checkpoint.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read ({error}); use another checkpoint.") from error
+    return value if isinstance(value, dict) else {}
+
+
+def position(path: Path, config: Config) -> Position:
+    """Where a verified checkpoint stands. Raises InputError if it is of another model or format."""
+    state = _read_json(path / _STATE)
+    if state.get("format") != FORMAT:
+        raise InputError(f"{path}: has format {state.get('format')!r}, this version reads {FORMAT!r}.")
+    mine, theirs = to_dict(config.model), state["model"]
+    for key in sorted(mine.keys() | theirs.keys() - {"preset"}):
+        if key != "preset" and mine.get(key) != theirs.get(key):
+            raise InputError(
+                f"{path}: is of another model, with model.{key} {theirs.get(key)!r} where the config has "
+                f"{mine.get(key)!r}; set it back, or give another run.dir."
+            )
+    return Position(step=state["step"], plan_hash=state["plan_hash"])
+
+
+def load(session: Session, path: Path, step: int) -> None:
+    """Put a verified checkpoint into a session of any layout; collective."""
+    kinds = ("param", "exp_avg", "exp_avg_sq", "ema")
+    loaded = _read(session.network, path, kinds)
+    with session.settled():
+        optimizer.restore(session.network.chunks, session.optimizer, loaded, step)
+    for name, value in session.ema.values.items():
+        value.copy_(loaded[name]["ema"])
+    session.scheduler.num_steps = 0
+    session.scheduler.step(step)
+
+
+def load_weights(network: Network, path: Path, *, ema: bool) -> None:
+    """Put the weights, or their average, of a verified checkpoint into bare stages of any layout; collective."""
+    kind = "ema" if ema else "param"
+    loaded = _read(network, path, (kind,))
+    for chunk in network.chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.data.copy_(loaded[name][kind])
+
+
+def _read(network: Network, path: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """name -> kind -> tensor, fp32, in this layout's shapes."""
+    modules = [getattr(chunk, "module", chunk) if hasattr(chunk, "ddp_config") else chunk for chunk in network.chunks]
+    named = {name: p for module in modules for name, p in module.named_parameters()}
+    wanted = {
+        f"{kind}.{name}": sharded.tensor(f"{kind}.{name}", p.detach().float().clone(), p)
+        for name, p in named.items()
+        for kind in kinds
+    }
+    flat = sharded.load(wanted, path)
+    return {name: {kind: flat[f"{kind}.{name}"] for kind in kinds} for name in named}

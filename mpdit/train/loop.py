@@ -1,0 +1,282 @@
+"""The loop: batch, forward and backward through the pipeline, step, average, record; and now and then look and save."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpdit.config import Config, dump, to_dict
+from mpdit.data.plan import Plan
+from mpdit.data.shards import Shards
+from mpdit.data.text import Tokenizer
+from mpdit.errors import InputError
+from mpdit.mup.table import rows
+from mpdit.parallel import groups
+from mpdit.sample import grid
+from mpdit.sample.draw import draw
+from mpdit.train import batches, checkpoint, session
+from mpdit.train.checkpoint import Position
+from mpdit.train.console import Reporter
+from mpdit.train.environment import environment
+from mpdit.train.session import Session
+from mpdit.train.tracking import Metrics, Tracker, redact_uri
+
+_GRID_PROMPTS = 16  # validation captions drawn when sample.prompts is empty
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What a finished run has to say. Losses are of rectified flow, rates over this start's steps."""
+
+    run_dir: Path
+    steps: int
+    first_loss: float
+    last_loss: float
+    val_loss: float
+    images_per_s: float
+    samples: Path | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sets:
+    """The data of a run, opened and checked."""
+
+    train: Shards
+    val: Shards
+    tokenizer: Tokenizer
+    plan: Plan
+
+    @classmethod
+    def open(cls, config: Config) -> "Sets":
+        train, val = Shards.open(config.data.path, "train"), Shards.open(config.data.path, "val")
+        assert train.tokenizer is not None  # preflight has looked
+        plan = Plan(
+            samples=len(train),
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            fingerprint=train.fingerprint,
+        )
+        tokenizer = Tokenizer.open(train.tokenizer.path, train.tokenizer.sha256)
+        return cls(train=train, val=val, tokenizer=tokenizer, plan=plan)
+
+
+def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]:
+    """(checkpoint, step) to go on from, (None, 0) for a new run. Raises InputError for another model, data or horizon."""
+    path = checkpoint.newest(Path(config.run.dir), warn)
+    if path is None:
+        return None, 0
+    at = checkpoint.position(path, config)
+    if at.plan_hash != sets.plan.hash:
+        raise InputError(
+            f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, or "
+            "give another run.dir."
+        )
+    if at.step >= config.train.steps:
+        raise InputError(
+            f"{path}: the run has its {at.step} steps already; raise train.steps above {at.step} to go on, or give "
+            "another run.dir."
+        )
+    return path, at.step
+
+
+def train(config: Config) -> Summary:
+    """Train to ``train.steps``, from the newest checkpoint if the run folder has one. Collective; groups are up."""
+    sets = Sets.open(config)
+    first = groups.rank() == 0
+    found = groups.from_rank_0(_outcome(lambda: find_start(config, sets, _warn)) if first else None)
+    if isinstance(found, InputError):
+        raise found
+    path, start = found
+    run = session.build(config)
+    if path is not None:
+        checkpoint.load(run, path, start)
+    with _Recorder(config, run, start) as recorder:
+        if path is not None:
+            recorder.report.say(f"going on from {path} at step {start}")
+        return _Run(config, sets, run, recorder).from_step(start)
+
+
+def _outcome(call: Any) -> Any:
+    """What rank 0 found, or the error it met: every rank has to hear of either."""
+    try:
+        return call()
+    except InputError as error:
+        return error
+
+
+def _warn(text: str) -> None:
+    print(f"mpdit: {text}", flush=True)
+
+
+class _Recorder:
+    """The run folder and what stands behind it. Only the first rank writes; the others' calls do nothing."""
+
+    def __init__(self, config: Config, run: Session, start: int) -> None:
+        self.dir = Path(config.run.dir)
+        self.first = groups.rank() == 0
+        self._open = contextlib.ExitStack()
+        self.metrics: Metrics | None = None
+        self.tracker: Tracker | None = None
+        if self.first:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            (self.dir / "config.yaml").write_text(redact_uri(dump(config)), encoding="utf-8")
+            _write_json(self.dir / "mup_table.json", rows(run.network.table))
+            _write_json(self.dir / "environment.json", environment())
+            self.metrics = self._open.enter_context(Metrics(self.dir / "metrics.jsonl", start))
+            self.tracker = self._open.enter_context(
+                Tracker(self.dir, uri=config.run.mlflow_uri, experiment=config.run.experiment, params=to_dict(config))
+            )
+            self.tracker.log_file(self.dir / "mup_table.json")
+        self.report = self._open.enter_context(
+            Reporter(start, config.train.steps, config.train.log_every, quiet=not self.first)
+        )
+
+    def __enter__(self) -> "_Recorder":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.metrics and self.tracker:
+            self.metrics.log(row)
+            self.tracker.log(row)
+
+    def picture(self, path: Path) -> None:
+        if self.tracker:
+            self.tracker.log_file(path, "samples")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+class _Run:
+    """The steps of one start."""
+
+    def __init__(self, config: Config, sets: Sets, run: Session, recorder: _Recorder) -> None:
+        self.config, self.sets, self.run, self.recorder = config, sets, run, recorder
+        self._val: list[batches.FlowBatch] | None = None
+        self._ema_due = False
+        self._last_grid: Path | None = None
+
+    def from_step(self, start: int) -> Summary:
+        config, losses = self.config, []
+        feed = batches.TrainFeed(config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
+        began, val_loss = time.monotonic(), float("nan")
+        try:
+            for step in range(start, config.train.steps):
+                losses.append(self._step(step, feed))
+                done = step + 1
+                with self._looking(done) as looking:
+                    if looking and self._due(done, config.train.val_every):
+                        val_loss = self._validate()
+                    if looking and self._due(done, config.train.sample_every):
+                        self._draw(done)
+                self._record(step, losses[-1], val_loss if self._due(done, config.train.val_every) else None)
+                if self._due(done, config.train.save_every):
+                    self._save(done)
+        finally:
+            feed.close()
+        seconds = time.monotonic() - began
+        return Summary(
+            run_dir=Path(config.run.dir),
+            steps=config.train.steps,
+            first_loss=losses[0],
+            last_loss=sum(losses[-20:]) / len(losses[-20:]),
+            val_loss=val_loss,
+            images_per_s=len(losses) * config.train.batch_size / seconds,
+            samples=self._last_grid,
+        )
+
+    def _due(self, done: int, every: int) -> bool:
+        """Every so many steps, and at the end."""
+        return done == self.config.train.steps or (every > 0 and done % every == 0)
+
+    def _step(self, step: int, feed: batches.TrainFeed) -> float:
+        """One optimizer step; its loss. Timing and norm wait in self._row for :meth:`_record`."""
+        began = time.monotonic()
+        micro_batches = feed.next()
+        data_s = time.monotonic() - began
+        loss = self.run.forward_backward(micro_batches)
+        self._average()  # of the step before: only now are its parameters everywhere (overlap_param_gather)
+        lr = max(group["lr"] for group in self.run.optimizer.param_groups)
+        norm = self.run.update()
+        self._ema_due = True
+        step_s = time.monotonic() - began
+        batch = self.config.train.batch_size
+        self._row = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "images": (step + 1) * batch,
+            "epoch": round(self.sets.plan.epoch(step + 1), 4),
+            "step_s": round(step_s, 6),
+            "data_s": round(data_s, 6),
+            "images_per_s": round(batch / step_s, 2),
+        }
+        return loss
+
+    def _average(self) -> None:
+        if self._ema_due:
+            self.run.ema.update()
+            self._ema_due = False
+
+    @contextlib.contextmanager
+    def _looking(self, done: int) -> Iterator[bool]:
+        """Before a look or a save: parameters settled, average up to date. True if validation or pictures are due."""
+        train = self.config.train
+        look = self._due(done, train.val_every) or self._due(done, train.sample_every)
+        if not (look or self._due(done, train.save_every)):
+            yield False
+            return
+        with self.run.settled():
+            self._average()
+            if look:
+                with self.run.ema.applied(), torch.no_grad():
+                    yield True
+            else:
+                yield False
+
+    def _validate(self) -> float:
+        """Loss on unseen concepts of the averaged weights, with fixed noise and times."""
+        if self._val is None:
+            self._val = batches.validation_batches(self.config, self.sets.val, self.sets.tokenizer)
+        return self.run.network.validate(self._val)
+
+    def _draw(self, done: int) -> None:
+        config, network = self.config, self.run.network
+        prompts = list(config.sample.prompts) or [
+            self.sets.val.caption(int(i)) for i in batches.validation_samples(self.sets.val, _GRID_PROMPTS)
+        ]
+        images = draw(
+            config,
+            prompts,
+            lambda captions: torch.from_numpy(self.sets.tokenizer.encode(captions, config.model.text_tokens)),
+            network.predict,
+            lambda inputs, size: batches.FlowBatch(inputs=inputs, size=size),
+        )
+        if self.recorder.first:
+            self._last_grid = grid.save(
+                grid.grid(images, prompts), self.recorder.dir / "samples" / f"step_{done:07d}.png"
+            )
+            self.recorder.picture(self._last_grid)
+
+    def _record(self, step: int, loss: float, val_loss: float | None) -> None:
+        row = self._row if val_loss is None else {**self._row, "val_loss": val_loss}
+        self.recorder.log(row)
+        self.recorder.report.step(step + 1, loss, row["images_per_s"])
+        if val_loss is not None:
+            self.recorder.report.say(f"step {step + 1}  validation loss on unseen concepts {val_loss:.4f}")
+
+    def _save(self, done: int) -> None:
+        if self.recorder.metrics:
+            self.recorder.metrics.sync()
+        at = Position(step=done, plan_hash=self.sets.plan.hash)
+        checkpoint.save(self.run, self.config, at, self.recorder.dir)

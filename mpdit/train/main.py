@@ -1,0 +1,70 @@
+"""``mpdit train CONFIG [section.key=value ...]``, alone or under torchrun."""
+
+import os
+import sys
+from pathlib import Path
+
+USAGE = """usage: mpdit train CONFIG [section.key=value ...]
+       torchrun --nproc-per-node N -m mpdit train CONFIG [section.key=value ...]
+
+Trains as CONFIG (YAML) says, with any of its keys overridden. CONFIG may be a run folder: its config.yaml is used. If
+run.dir holds checkpoints, training goes on from the newest complete one, in this layout, whatever layout wrote it.
+
+keys and their defaults:
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 when the run is done. Raises InputError for bad input, before any rank starts."""
+    from mpdit import config as configs
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        print("\n".join(f"  {line}" for line in configs.dump(configs.Config()).splitlines()))
+        return 0 if argv else 2
+    path = Path(argv[0])
+    config = configs.load(path / "config.yaml" if path.is_dir() else path, argv[1:])
+    _threads()
+
+    from mpdit.parallel import accel
+
+    accel.enter()
+    from mpdit.parallel import groups
+    from mpdit.train import loop, preflight
+
+    config = preflight.check(config, groups.world_size())
+    groups.start(config.parallel, config.train.seed)
+    try:
+        summary = loop.train(config)
+        if groups.rank() == 0:
+            print(closing(summary), flush=True)
+    finally:
+        groups.stop()
+    return 0
+
+
+def _threads() -> None:
+    """The machine's cores, shared by the ranks on it; torchrun would give each rank one."""
+    import torch
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS") if ranks == 1 else None
+    torch.set_num_threads(int(asked) if asked and asked.isdecimal() else max(1, cores // ranks))
+
+
+def closing(summary: "loop.Summary") -> str:  # type: ignore[name-defined]  # noqa: F821
+    """The lines that end a run."""
+    lines = [
+        f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} (mean of the last 20 steps)",
+        f"validation loss on unseen concepts {summary.val_loss:.4f}",
+        f"{summary.images_per_s:.1f} images/s",
+        f"pictures       {summary.samples}",
+        f"MLflow store   {summary.run_dir.parent / 'mlflow.db'}",
+        f"run folder     {summary.run_dir}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
