@@ -1,0 +1,232 @@
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+from data.make_shards import caption, edit_manifest, entry, make_shards, pixels, png
+
+from mpdit.data.shards import Shards
+from mpdit.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_shards(tmp_path / "set")
+
+
+def refusal(folder: Path, split: str = "train") -> str:
+    with pytest.raises(InputError) as caught:
+        Shards.open(folder, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    return message
+
+
+def shard_entry(manifest: dict, number: int = 0) -> dict:
+    return manifest["splits"]["train"]["shards"][number]
+
+
+def rewrite_index(folder: Path, change) -> None:
+    """Change the first index's text and hash it anew, as a builder with a mistake would."""
+    index = folder / "train-00000.idx"
+    index.write_text(change(index.read_text()))
+    digest = hashlib.sha256(index.read_bytes()).hexdigest()
+    edit_manifest(folder, lambda manifest: shard_entry(manifest).update(index_sha256=digest))
+
+
+def test_reads_every_sample(folder: Path) -> None:
+    shards = Shards.open(folder, "train")
+    assert (len(shards), shards.name, shards.size) == (9, "tiny", 16)
+    for sample in range(9):
+        assert shards.read(sample) == (png(pixels(sample)), caption(sample))
+        assert shards.caption(sample) == caption(sample)
+    assert shards.where(4).endswith("train-00000.tar: 00000004.png")
+    assert shards.where(5).endswith("train-00001.tar: 00000005.png")
+    assert shards.tokenizer is not None
+    assert shards.tokenizer.path == folder / "tokenizer.model"
+
+
+@pytest.mark.parametrize("sample", [-1, 9])
+def test_no_sample_out_of_range(folder: Path, sample: int) -> None:
+    with pytest.raises(IndexError):
+        Shards.open(folder, "train").read(sample)
+
+
+def test_agrees_with_tarfile(folder: Path) -> None:
+    """The index of the test's own writer is not the only witness of what is in the tar."""
+    shards = Shards.open(folder, "train")
+    with tarfile.open(folder / "train-00001.tar") as tar:
+        member = tar.extractfile("00000007.png")
+        assert member is not None
+        assert member.read() == shards.read(7)[0]
+
+
+def test_names_longer_than_tar_s_name_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = tarfile.TarInfo
+    monkeypatch.setattr(tarfile, "TarInfo", lambda name: original(f"{'deep/' * 24}{name}"))
+    shards = Shards.open(make_shards(tmp_path / "set"), "train")
+    assert shards.read(6) == (png(pixels(6)), caption(6))
+    assert shards.where(6).endswith("deep/00000006.png")
+
+
+def test_many_threads_read_the_right_bytes(folder: Path) -> None:
+    shards = Shards.open(folder, "train")
+    samples = [sample % 9 for sample in range(400)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for sample, (image, text) in zip(samples, pool.map(shards.read, samples), strict=True):
+            assert (image, text) == (png(pixels(sample)), caption(sample))
+
+
+def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpdit.data.shards._OPEN_TARS", 2)
+    shards = Shards.open(make_shards(tmp_path / "set", counts=(1,) * 9), "train")
+    opened, opener, closed, closer = [], os.open, [], os.close
+    monkeypatch.setattr(os, "open", lambda *arguments: opened.append(opener(*arguments)) or opened[-1])
+    monkeypatch.setattr(os, "close", lambda number: closed.append(number) or closer(number))
+    for sample in [*range(9), 0]:
+        assert shards.caption(sample) == caption(sample)
+    assert len(opened) == 10
+    assert closed == opened[:8]
+    del shards
+    assert sorted(closed) == sorted(opened)
+
+
+def test_fingerprint_is_of_the_content(tmp_path: Path, folder: Path) -> None:
+    same = make_shards(tmp_path / "copy")
+    other = make_shards(tmp_path / "other", image=lambda sample: png(255 - pixels(sample)))
+    fingerprints = [Shards.open(path, "train").fingerprint for path in (folder, same, other)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "nowhere")
+    assert "no such folder" in message
+    assert "mpdit data build" in message
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    message = refusal(tmp_path)
+    assert "manifest.json" in message
+    assert "mpdit data build" in message
+
+
+def test_no_such_split(folder: Path) -> None:
+    assert re.search("no split 'val'.*it has train", refusal(folder, "val"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format="mpdit-shards/9"), "'mpdit-shards/9'.*'mpdit-shards/1'"),
+        (lambda m: m.pop("format"), "format is None"),
+        (lambda m: m.update(splits=[]), "splits is .* should be an object"),
+        (lambda m: m["splits"]["train"].pop("shards"), "splits.train: shards is None"),
+        (lambda m: m["splits"]["train"].update(samples=8), "samples is 8, .* add up to 9"),
+        (lambda m: m["splits"]["train"].update(samples=0, shards=[]), "more than 0"),
+        (lambda m: m["splits"].update(train=3), "shards is None"),
+        (lambda m: shard_entry(m).update(samples=True), "samples is True, .*whole number"),
+        (lambda m: shard_entry(m).update(tar="../train-00000.tar"), "plain name"),
+        (lambda m: shard_entry(m).update(tar="/etc/passwd"), "plain name"),
+        (lambda m: shard_entry(m).update(index=".."), "plain name"),
+        (lambda m: m["tokenizer"].update(file="a/../../b"), "plain name"),
+    ],
+)
+def test_bad_manifest(folder: Path, change, message: str) -> None:
+    edit_manifest(folder, change)
+    assert re.search(message, refusal(folder))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_manifest_that_is_none(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_text(text, encoding="latin-1")
+    assert "rebuild" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["train-00001.tar", "train-00001.idx"])
+def test_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert re.search(f"{name}: .* not in the folder", refusal(folder))
+
+
+def test_truncated_tar(folder: Path) -> None:
+    tar = folder / "train-00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert re.search("train-00001.tar: .* cut short", refusal(folder))
+
+
+def test_changed_index(folder: Path) -> None:
+    index = folder / "train-00000.idx"
+    index.write_text(index.read_text().replace("png 512 ", "png 513 "))
+    assert re.search("train-00000.idx: .* another SHA-256", refusal(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("v1.2 5", "v1.1 5"), "not an index"),
+        (lambda text: text.replace("v1.2 5", "v1.2 6"), "not an index"),
+        (lambda text: "", "not an index"),
+        (lambda text: text.replace("00000003.txt", "00000003.txt extra"), "not an index"),
+        (lambda text: "v1.2 4\n" + "\n".join(text.splitlines()[1:5]), "lists 4 samples, .* says 5"),
+        (lambda text: text.replace("png 512 ", "png 1024 "), "00000000.png .* not"),
+        (lambda text: text.replace("png 512 ", "png 0 "), "00000000.png .* not"),
+        (lambda text: text.replace("png 512 ", "png 512000000 "), "00000000.png .* not"),
+        (lambda text: re.sub(r"png 512 \d+", "png 512 7", text), "00000000.png is 7 bytes .* not"),
+        (lambda text: text.replace("00000002.", "00000009."), "00000009.png .* not"),
+        (lambda text: text.replace("00000003.txt", "00000004.txt"), "00000004.png|00000003.png"),
+        (lambda text: text.replace("txt ", "tex ").replace(".txt", ".tex"), "one txt"),
+    ],
+)
+def test_index_of_another_tar(folder: Path, change, message: str) -> None:
+    rewrite_index(folder, change)
+    assert re.search(f"train-00000.idx: .*({message})", refusal(folder))
+
+
+def test_header_changed_under_the_index(folder: Path) -> None:
+    """Only the header of the last sample's json is wrong: every header is looked at, not a few."""
+    tar = folder / "train-00001.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"00000008.json", b"00000008.jsom"))
+    assert "00000008.json" in refusal(folder)
+
+
+def test_verify_finds_a_flipped_bit(folder: Path) -> None:
+    tar = folder / "train-00001.tar"
+    data = bytearray(tar.read_bytes())
+    Shards.open(folder, "train").verify()
+    data[600] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(InputError, match=r"train-00001.tar: .*SHA-256"):
+        Shards.open(folder, "train").verify()
+
+
+def test_tar_cut_short_while_in_use(folder: Path) -> None:
+    shards = Shards.open(folder, "train")
+    with (folder / "train-00000.tar").open("r+b") as tar:
+        tar.truncate(600)
+    with pytest.raises(InputError, match=r"train-00000.tar: .*cut short"):
+        shards.read(0)
+
+
+def test_caption_that_is_no_text(folder: Path) -> None:
+    tar = folder / "train-00000.tar"
+    tar.write_bytes(tar.read_bytes().replace("café number 3".encode(), b"caf\xff\xff number 3"))
+    edit_manifest(folder, lambda m: m["splits"]["train"]["shards"].__setitem__(0, entry(tar, 5)))
+    with pytest.raises(InputError, match=r"00000003.png: the caption is not UTF-8"):
+        Shards.open(folder, "train").read(3)
+
+
+def test_image_types_other_than_png(folder: Path) -> None:
+    tar = folder / "train-00000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b".png", b".jpg"))
+    rewrite_index(folder, lambda text: text.replace("png", "jpg"))
+    assert Shards.open(folder, "train").read(2)[0] == png(pixels(2))
+
+
+def test_unknown_manifest_keys_are_fine(folder: Path) -> None:
+    edit_manifest(folder, lambda m: m.update(build_hash="x", styles={"a": 1}))
+    assert Shards.open(folder, "train").manifest["styles"] == json.loads('{"a": 1}')

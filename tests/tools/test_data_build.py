@@ -1,0 +1,512 @@
+"""Building a user's folder: what comes out, what is dropped, and that nothing is ever half there."""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_sets import build, dropped, manifest, picture, samples, tree, write_folder, write_tar
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mpdit_tools.data.captions import clean_caption, is_outside
+from mpdit_tools.data.images import Unusable, square
+
+
+def test_every_picture_comes_out_with_its_caption(tmp_path):
+    source, out = write_folder(tmp_path / "mine", 12), tmp_path / "out"
+    assert build("folder", source, "--out", out) == 0
+    train, val = samples(out, "train"), samples(out, "val")
+    assert len(val) >= 1
+    assert len(train) + len(val) == 12
+    for sample in train + val:
+        number = int(sample["txt"].split()[-1])
+        assert sample["json"] == {"file": f"{number:03d}.png", "width": 20, "height": 20}
+        wanted, _, _ = square(picture(number), size=16, min_side=1)
+        assert sample["png"] == wanted
+        assert Image.open(io.BytesIO(sample["png"])).size == (16, 16)
+
+
+def test_the_manifest_has_the_documented_keys(tmp_path):
+    source, out = write_folder(tmp_path / "mine", 12), tmp_path / "out"
+    assert build("folder", source, "--out", out, "--per-shard", 5) == 0
+    told = manifest(out)
+    assert list(told) == [
+        *("format", "name", "size", "splits", "tokenizer", "sources"),
+        *("licences", "styles", "dropped", "build", "build_hash"),
+    ]
+    assert told["format"] == "mpdit-shards/1"
+    assert told["size"] == 16
+    files = tree(out)
+    for split in told["splits"].values():
+        assert split["samples"] == sum(shard["samples"] for shard in split["shards"])
+        assert all(shard["samples"] == 5 for shard in split["shards"][:-1])
+        for shard in split["shards"]:
+            assert files.pop(shard["tar"]) == shard["sha256"]
+            assert files.pop(shard["index"]) == shard["index_sha256"]
+    assert files.pop("tokenizer.model") == told["tokenizer"]["sha256"]
+    assert set(files) == {"manifest.json"}
+    (entry,) = told["sources"]
+    assert entry | {"sha256": ""} == {"name": "mine", "version": "", "sha256": "", "licence": "unknown", "images": 12}
+    assert str(tmp_path) not in (out / "manifest.json").read_text()
+
+
+def test_rebuilding_gives_the_same_bytes(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "elsewhere" / "b"
+    source = write_folder(tmp_path / "mine", 40)
+    (source / "bad.png").write_bytes(b"no picture")
+    (source / "bad.txt").write_text("bad")
+    assert build("folder", source, "--out", first) == 0
+    assert build("folder", source, "--out", second, "--workers", 2) == 0
+    assert tree(first) == tree(second)
+
+
+def test_a_second_build_of_the_same_does_nothing_and_says_so(tmp_path, capsys):
+    source, out = write_folder(tmp_path / "mine", 6), tmp_path / "out"
+    assert build("folder", source, "--out", out) == 0
+    before = {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]}
+    capsys.readouterr()
+    assert build("folder", source, "--out", out) == 0
+    assert "nothing was done" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in [out, *out.iterdir()]} == before
+    assert build("folder", source, "--out", out, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["built"] is False
+    assert sum(told["samples"].values()) == 6
+
+
+@pytest.mark.parametrize("name", ["train-00000.tar", "train-00000.idx", "val-00000.idx", "tokenizer.model"])
+def test_a_damaged_build_is_built_again(tmp_path, name):
+    source, out = write_folder(tmp_path / "mine", 6), tmp_path / "out"
+    assert build("folder", source, "--out", out) == 0
+    good = tree(out)
+    (out / name).write_bytes((out / name).read_bytes()[:-1])
+    assert build("folder", source, "--out", out) == 0
+    assert tree(out) == good
+
+
+def test_another_build_is_not_replaced_unless_told(tmp_path, capsys):
+    source, out = write_folder(tmp_path / "mine", 6), tmp_path / "out"
+    assert build("folder", source, "--out", out) == 0
+    good = tree(out)
+    write_folder(source, 1, first=6)
+    assert build("folder", source, "--out", out) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert tree(out) == good
+    assert build("folder", source, "--out", out, "--overwrite") == 0
+    assert len(samples(out, "train") + samples(out, "val")) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path, capsys):
+    source, out = write_folder(tmp_path / "mine", 6), tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert build("folder", source, "--out", out, "--overwrite") == 2
+    assert "other files" in capsys.readouterr().err
+    assert (out / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("out", ["mine", "mine/shards", "."])
+def test_out_within_or_around_the_input_is_refused(tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "mine", 6)
+    assert build("folder", "mine", "--out", out) == 2
+    assert "outside" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def nasty_folder(folder: Path) -> dict[str, str]:
+    """Files that cannot be used, with the reason to expect."""
+    png = picture(1000, size=(40, 40))
+    jpeg = picture(1001, size=(64, 64), format="JPEG")
+    huge = Image.new("1", (30_000, 30_000))
+    bomb = io.BytesIO()
+    huge.save(bomb, "PNG")
+    bad = {
+        "empty.png": (b"", "empty file"),
+        "text.png": (b"<html>404</html>", "not an image"),
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated or damaged"),
+        "cut.png": (png[: len(png) // 2], "truncated or damaged"),
+        "header.png": (png[:20], "truncated or damaged"),
+        "bomb.png": (bomb.getvalue(), "too many pixels"),
+        "small.png": (picture(1002, size=(40, 7)), "too small"),
+        "wide.tiff": (picture(1003, format="TIFF", mode="F"), "pixels wider than 16 bits"),
+        "vector.svg": (b"<svg/>", "not an image"),
+    }
+    reasons = {}
+    for number, (name, (data, reason)) in enumerate(bad.items()):
+        (folder / name).write_bytes(data)
+        (folder / name).with_suffix(".txt").write_text(f"caption of bad picture {number}")
+        reasons[name] = reason
+    for name, caption, reason in (
+        ("latin.png", "caf\xe9".encode("latin-1"), "caption not UTF-8"),
+        ("blank.png", b" \n\t\x00 ", "empty caption"),
+        ("novel.png", b"word " * 20_000, "caption too long"),
+        ("alone.png", None, "no caption"),
+    ):
+        (folder / name).write_bytes(png)
+        if caption is not None:
+            (folder / name).with_suffix(".txt").write_bytes(caption)
+        reasons[name] = reason
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "gone.txt").write_text("a picture that was moved")
+    (folder / "lonely.txt").write_text("a caption without its picture")
+    (folder / "old.tar.gz").write_bytes(b"\x1f\x8b")
+    # The name on the disk is not UTF-8.
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(png)
+    return reasons | {
+        "gone.png": "cannot be read",
+        "lonely.txt": "caption without a picture",
+        "old.tar.gz": "compressed tar",
+        "caf\\xe9.png": "no caption",
+    }
+
+
+def test_what_cannot_be_used_is_dropped_counted_and_listed(tmp_path):
+    source, out = write_folder(tmp_path / "mine", 30), tmp_path / "out"
+    reasons = nasty_folder(source)
+    os.mkfifo(source / "pipe.png")
+    (source / ".hidden.png").write_bytes(b"")
+    (source / "copy.png").write_bytes(picture(3))
+    (source / "copy.txt").write_text("picture number 3")
+    (source / "twin.png").write_bytes(picture(4))
+    (source / "twin.txt").write_text("the same picture in other words")
+    assert build("folder", source, "--out", out) == 0
+    found = dropped(out)
+    duplicates = [name for name, reason in found.items() if reason == "duplicate"]
+    assert duplicates in (["copy.png"], ["003.png"])
+    assert {name: reason for name, reason in found.items() if reason != "duplicate"} == reasons
+    told = manifest(out)
+    assert sum(told["dropped"].values()) == len(reasons) + 1
+    assert sum(split["samples"] for split in told["splits"].values()) == 31
+    # One picture under two captions is not torn apart.
+    halves = [{sample["txt"] for sample in samples(out, split)} for split in ("train", "val")]
+    pair = {"picture number 4", "the same picture in other words"}
+    assert any(pair <= half for half in halves)
+
+
+def test_too_many_dropped_is_an_error_that_tells_the_reasons(tmp_path, capsys):
+    source, out = write_folder(tmp_path / "mine", 2), tmp_path / "out"
+    for number in range(3):
+        (source / f"bad{number}.png").write_bytes(b"")
+        (source / f"bad{number}.txt").write_text(f"bad {number}")
+    assert build("folder", source, "--out", out) == 2
+    error = capsys.readouterr().err
+    assert "3 of 5" in error
+    assert "3 empty file" in error
+    assert not out.exists()
+    assert build("folder", source, "--out", out, "--max-dropped", 0.7) == 0
+    for name in ("000", "001"):
+        (source / f"{name}.png").write_bytes(b"")
+    assert build("folder", source, "--out", tmp_path / "none", "--max-dropped", 1) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["missing"], "no such folder"),
+        (["empty"], "no files"),
+        (["mine", "--size", "4"], "--size"),
+        (["mine", "--val", "0"], "--val"),
+        (["mine", "--vocab-size", "100"], "--vocab-size"),
+        (["same"], "two different captions"),
+        (["mine", "--out", "mine/000.png/x"], "--out"),
+        (["mine", "--out", "file"], "in the way"),
+    ],
+)
+def test_bad_input_gets_a_sentence(tmp_path, monkeypatch, capsys, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "mine", 3)
+    write_folder(tmp_path / "same", 2)
+    for number in range(2):
+        (tmp_path / "same" / f"00{number}.txt").write_text("one caption")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    before = tree(tmp_path)
+    extra = [] if "--out" in arguments else ["--out", "out"]
+    assert build("folder", *arguments, *extra) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("mpdit: ")
+    assert told in error
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.glob("*.partial-*"))
+
+
+def test_captions_out_of_a_list(tmp_path):
+    source, out = tmp_path / "mine", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    for number in range(6):
+        (source / "sub" / f"{number}.jpg").write_bytes(picture(number, format="JPEG"))
+    (source / "beside.png").write_bytes(picture(10))
+    (source / "beside.txt").write_text("from beside")
+    (source / "none.png").write_bytes(picture(11))
+    lines = [json.dumps({"file": f"sub/{number}.jpg", "text": f"listed {number}"}).encode() for number in range(6)]
+    lines += [
+        json.dumps({"file": "sub/0.jpg", "text": "listed 0 again"}).encode(),
+        b"{broken",
+        b'{"file": "sub/1.jpg"}',
+        b'["sub/1.jpg", "text"]',
+        b'{"file": "../secret.png", "text": "out"}',
+        b'{"file": "/etc/secret.png", "text": "out"}',
+        b'{"file": "missing.png", "text": "gone"}',
+        b'{"file": "sub/1.jpg", "text": "\\ud800"}',
+        b'{"file": "sub/1.jpg", "text": "\xff"}',
+        b"",
+    ]
+    (source / "captions.jsonl").write_bytes(b"\n".join(lines))
+    assert build("folder", source, "--out", out, "--max-dropped", 0.6) == 0
+    found = {sample["txt"] for sample in samples(out, "train") + samples(out, "val")}
+    assert found == {*(f"listed {number}" for number in range(6)), "listed 0 again", "from beside"}
+    assert manifest(out)["dropped"] == {
+        "bad line in captions.jsonl": 3,
+        "caption not UTF-8": 2,
+        "no caption": 1,
+        "no such file": 1,
+        "path outside the folder": 2,
+    }
+
+
+def test_captions_and_pictures_out_of_tars(tmp_path):
+    source, out = tmp_path / "mine", tmp_path / "out"
+    source.mkdir()
+    members = []
+    for number in range(8):
+        members += [
+            (f"d/{number:04d}.jpg", picture(number, format="JPEG")),
+            (f"d/{number:04d}.txt", f"from a tar {number}".encode()),
+            (f"d/{number:04d}.json", json.dumps({"author": number}).encode()),
+        ]
+    members += [
+        ("../evil.png", picture(20)),
+        ("../evil.txt", b"evil"),
+        ("/abs/evil.png", picture(21)),
+        ("nocap.png", picture(22)),
+        ("two.png", picture(23)),
+        ("two.jpg", picture(24, format="JPEG")),
+        ("two.txt", b"two pictures"),
+        ("words.txt", b"only words"),
+        ("badjson.png", picture(25)),
+        ("badjson.txt", b"bad json"),
+        ("badjson.json", b"{"),
+    ]
+    path = write_tar(source / "a.tar", members)
+    # A damaged header in the middle of an archive: tarfile alone would take it for the end.
+    pairs = [
+        (f"{number}.{kind}", data) for number in "45" for kind, data in (("png", picture(int(number))), ("txt", b"b"))
+    ]
+    data = bytearray(write_tar(source / "b.tar", pairs).read_bytes())
+    size = data.index(b"5.png") + 124
+    data[size : size + 6] = b"zzzzzz"
+    (source / "b.tar").write_bytes(data)
+    (source / "c.tar").write_bytes(path.read_bytes()[: 512 + 100])
+    assert build("folder", source, "--out", out, "--max-dropped", 0.6) == 0
+    found = {sample["txt"]: sample["json"] for sample in samples(out, "train") + samples(out, "val")}
+    assert set(found) == {*(f"from a tar {number}" for number in range(8)), "two pictures", "b"}
+    assert found["from a tar 3"] == {"file": "a.tar:d/0003", "width": 20, "height": 20, "json": {"author": 3}}
+    assert dropped(out) == {
+        "a.tar:../evil.png": "unsafe path in a tar",
+        "a.tar:../evil.txt": "unsafe path in a tar",
+        "a.tar:/abs/evil.png": "unsafe path in a tar",
+        "a.tar:nocap": "no caption",
+        "a.tar:two.jpg": "second picture of a sample",
+        "a.tar:words": "no picture",
+        "a.tar:badjson": "bad JSON",
+        "b.tar": "damaged tar",
+        "c.tar": "damaged tar",
+        "c.tar:d/0000": "no caption",
+    }
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_alpha_is_flattened_and_exif_applied():
+    red_under_alpha = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    data = io.BytesIO()
+    red_under_alpha.save(data, "PNG")
+    png, _, _ = square(data.getvalue(), size=16, min_side=1)
+    assert Image.open(io.BytesIO(png)).getextrema() == ((255, 255),) * 3
+    lying = Image.new("RGB", (60, 40), "white")
+    lying.paste((0, 0, 255), (0, 0, 60, 20))  # blue above, white below
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: blue comes to the right
+    data = io.BytesIO()
+    lying.save(data, "PNG", exif=exif)
+    png, width, height = square(data.getvalue(), size=16, min_side=1)
+    assert (width, height) == (40, 60)
+    image = Image.open(io.BytesIO(png))
+    assert image.getpixel((15, 8)) == (0, 0, 255)
+    assert image.getpixel((0, 8)) == (255, 255, 255)
+    assert not image.info
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    data = io.BytesIO()
+    Image.new("I;16", (20, 20), 32_896).save(data, "PNG")
+    png, _, _ = square(data.getvalue(), size=16, min_side=1)
+    assert Image.open(io.BytesIO(png)).getextrema() == ((128, 128),) * 3
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+@settings(max_examples=40, deadline=None)
+@given(edits=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=8), cut=st.integers(0, 5000))
+def test_damaged_pictures_are_unusable_or_used_never_an_error(format, edits, cut):
+    data = bytearray(picture(7, format=format))
+    for where, value in edits:
+        data[where % len(data)] = value
+    try:
+        png, _, _ = square(bytes(data[: max(cut, 1)]), size=16, min_side=1)
+    except Unusable:
+        return
+    assert Image.open(io.BytesIO(png)).size == (16, 16)
+
+
+@given(st.text())
+def test_clean_captions_are_one_printable_line(text):
+    try:
+        caption = clean_caption(text.encode(errors="surrogatepass"))
+    except Unusable:
+        return
+    assert caption == " ".join(caption.split()) != ""
+    assert clean_caption(caption.encode()) == caption
+
+
+@pytest.mark.parametrize("name", ["/a", "../a", "a/../../b", "a/..", "C:/a", "..\\a", "", "//a"])
+def test_names_that_point_outside(name):
+    assert is_outside(name)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.c", "./a", "a..b", "..a/b"])
+def test_names_that_stay_inside(name):
+    assert not is_outside(name)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(captions=st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=25), val=st.floats(0.01, 0.9))
+def test_no_caption_is_in_both_splits(tmp_path_factory, captions, val):
+    folder = tmp_path_factory.mktemp("set")
+    for number, caption in enumerate(captions):
+        (folder / f"{number}.png").write_bytes(picture(number % 9))
+        (folder / f"{number}.txt").write_text(caption)
+    out = folder.with_name(f"{folder.name}-out")
+    code = build("folder", folder, "--out", out, "--val", val)
+    if code != 0:
+        assert code == 2
+        return
+    train, val_samples = samples(out, "train"), samples(out, "val")
+    assert train
+    assert val_samples
+    for key in ("txt", "png"):
+        assert not {sample[key] for sample in train} & {sample[key] for sample in val_samples}
+
+
+# -- interruption: a build in a process of its own, slow enough to be stopped in the middle ---------------------------
+
+
+def slow_folder(folder: Path) -> Path:
+    """Sixty captions of one picture that takes a good part of a second to decode."""
+    folder.mkdir()
+    image = Image.new("L", (6000, 6000))
+    image.save(folder / "large.png", compress_level=1)
+    image.resize((100, 100)).save(folder / "small.png")
+    lines = [json.dumps({"file": "large.png", "text": f"large {number}"}) for number in range(60)]
+    lines.insert(0, json.dumps({"file": "small.png", "text": "small"}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def start_build(source: Path, out: Path, *, workers: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mpdit", "data", "build", "folder", source, "--out", out, "--size", "16"]
+    command += ["--workers", workers]
+    process = subprocess.Popen(
+        [str(word) for word in command], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: next(out.parent.glob(f"{out.name}.partial-*/spool.bin"), None))
+    time.sleep(0.7)  # until the workers, when there are any, have something to do
+    return process
+
+
+def wait_for(found, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (value := found()) is not None:
+            return value
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def group_members(group: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == group and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for left-over processes in /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_build_leaves_no_output_and_the_next_one_starts_clean(tmp_path, workers):
+    out = tmp_path / "out"
+    process = start_build(slow_folder(tmp_path / "slow"), out, workers=workers)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not out.exists()
+    (stale,) = tmp_path.glob("out.partial-*")
+    assert (stale / "spool.bin").is_file()
+    wait_for(lambda: None if group_members(process.pid) else True)
+    source = write_folder(tmp_path / "mine", 6)
+    assert build("folder", source, "--out", out) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "slow"]
+    assert build("folder", source, "--out", tmp_path / "clean") == 0
+    assert tree(out) == tree(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_leaves_nothing_behind(tmp_path, workers):
+    out = tmp_path / "out"
+    process = start_build(slow_folder(tmp_path / "slow"), out, workers=workers)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["slow"]
+
+
+def test_two_builds_at_once_do_not_meet(tmp_path, capsys):
+    out = tmp_path / "out"
+    process = start_build(slow_folder(tmp_path / "slow"), out, workers=1)
+    try:
+        assert build("folder", write_folder(tmp_path / "mine", 6), "--out", out) == 2
+        assert "another build" in capsys.readouterr().err
+        assert list(tmp_path.glob("out.partial-*/spool.bin"))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path):
+    source, out = write_folder(tmp_path / "mine", 40), tmp_path / "out"
+    command = [sys.executable, "-m", "mpdit", "data", "build", "folder", source, "--out", out, "--size", "64"]
+    command += ["--min-side", "1", "--workers", "1"]
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
+    )
+    assert done.returncode == 2
+    assert "make room" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
