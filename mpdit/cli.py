@@ -11,7 +11,7 @@ COMMANDS = {
     "doctor": ("mpdit_tools.doctor:main", "what this machine can run, and what to do about the rest"),
     "data":   ("mpdit_tools.data.main:main", "build image-text shards: icons, or a folder of your own"),
     "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),
-    "sample": ("mpdit.sample.main:main", "pictures for prompts out of a run's checkpoint"),
+    "sample": ("mpdit_tools.sample:main", "pictures for prompts out of a run's checkpoint"),
 }  # fmt: skip
 
 

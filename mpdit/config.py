@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses: read from YAML, overridden with dotted keys, written back resolved.
 
-All learning-rate-like values are *base* values: those of the proxy whose width is ``mup.base_width``. What a parameter of
-this model really gets is in the run folder's ``mup_table.json``.
+All learning-rate-like values are *base* values: those of the proxy whose width is ``mup.base_width``. What a parameter
+of this model really gets is in the run folder's ``mup_table.json``.
 """
 
 import dataclasses
@@ -180,8 +180,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: should hold sections such as 'model:' and 'train:', but is a {type(tree).__name__}.")
-    for override in overrides:
-        _apply(tree, override)
+    for text in overrides:
+        override(tree, text)
     return from_dict(tree, str(path))
 
 
@@ -211,21 +211,22 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(tree: dict[str, Any], assignment: str) -> None:
+    """Set a dotted key of nested dicts in place, e.g. ``parallel.tp=2``. Raises InputError for another form."""
+    key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise InputError(f"{override!r}: an override looks like section.key=value, for example parallel.tp=2.")
+        raise InputError(f"{assignment!r}: an override looks like section.key=value, for example parallel.tp=2.")
     *sections, last = key.removeprefix("--").split(".")
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
-            raise InputError(f"{override!r}: {section} is a value, not a section.")
+            raise InputError(f"{assignment!r}: {section} is a value, not a section.")
     try:
         tree[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"{override!r}: the value is not YAML.") from error
+        raise InputError(f"{assignment!r}: the value is not YAML.") from error
 
 
 def _suggest(word: str, known: Any) -> str:

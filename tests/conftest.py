@@ -7,7 +7,7 @@ import tiny
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 60 little pictures. Built in a child: the parent must stay without threads, ranks are forked from it."""
+    """Shards of 60 little pictures. Built in a child: ranks are forked from the parent, so it stays without threads."""
     folder = tmp_path_factory.mktemp("tiny")
     ranks.run(1, lambda rank, world: str(tiny.build_set(folder)))
     return folder / "set"

@@ -1,8 +1,8 @@
 """Real ranks for tests: torch, DALI and megatron-core are imported once, then every test forks its processes.
 
-Importing costs seconds a process, a fork milliseconds. What makes a fork safe here: the parent only imports (one thread,
-no process group, no kernels); ranks meet through a FileStore in a fresh folder; a rank leaves by os._exit; a failing rank
-sends its traceback and the others are ended at once, with whatever processes they started.
+Importing costs seconds a process, a fork milliseconds. What makes a fork safe here: the parent only imports (one
+thread, no process group, no kernels); ranks meet through a FileStore in a fresh folder; a rank leaves by os._exit; a
+failing rank sends its traceback and the others are ended at once, with whatever processes they started.
 """
 
 import contextlib

@@ -57,8 +57,8 @@ def config(data: Path, *overrides: str, **sections: dict[str, Any]) -> Config:
     tree["data"] = {"path": str(data)}
     for key, value in sections.items():
         tree[key] = {**tree.get(key, {}), **value}
-    for override in overrides:
-        configs._apply(tree, override)
+    for assignment in overrides:
+        configs.override(tree, assignment)
     return configs.from_dict(tree)
 
 

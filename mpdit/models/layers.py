@@ -66,7 +66,7 @@ def time_features(time_B: Tensor) -> Tensor:
 
 
 class ConditionMLP(nn.Module):
-    """Linear, SiLU, linear: [B, fan_in] -> [B, D]. The first layer's role says whether its fan-in grows with the width."""
+    """Linear, SiLU, linear: [B, fan_in] -> [B, D]. The first layer's role says if its fan-in grows with the width."""
 
     def __init__(self, ctx: Context, fan_in: int, role: Role) -> None:
         super().__init__()

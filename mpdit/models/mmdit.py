@@ -15,11 +15,14 @@ from mpdit.mup.roles import Role
 from mpdit.parallel import tokens
 from mpdit.parallel.attention import attend
 from mpdit.parallel.context import Context
-from mpdit.parallel.linears import ColumnLinear, HeadNorm, Modulation, ReplicatedLinear, RowLinear, Readout, Table
+from mpdit.parallel.linears import ColumnLinear, HeadNorm, Modulation, Readout, ReplicatedLinear, RowLinear, Table
 
 
 class Embed(nn.Module):
     """Inputs -> image tokens [S, B, D], text tokens [L, B, D], conditioning [1, B, D]."""
+
+    image_positions_SD: Tensor
+    text_positions_LD: Tensor
 
     def __init__(self, ctx: Context) -> None:
         super().__init__()
@@ -69,7 +72,7 @@ class Stream(nn.Module):
             self.fc2 = RowLinear(ctx, model.mlp_ratio * D, D)
 
     def queries_keys_values(self, x_SBD: Tensor, shift_1BD: Tensor, scale_1BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, B, H, d] each. The rows of qkv are ordered [heads, 3, d], so that a contiguous shard holds whole heads."""
+        """[S, B, H, d] each. The rows of qkv are ordered [heads, 3, d], so a contiguous shard holds whole heads."""
         qkv = self.qkv(layer_norm_modulate(x_SBD, shift_1BD, scale_1BD)).unflatten(-1, (-1, 3, self.head_dim))
         q_SBHd, k_SBHd, v_SBHd = qkv.unbind(-2)
         return self.q_layernorm(q_SBHd), self.k_layernorm(k_SBHd), v_SBHd
@@ -94,8 +97,8 @@ class Block(nn.Module):
         img_mod, txt_mod = self.img.ada(cond_1BD), self.txt.ada(cond_1BD)
         img_qkv = self.img.queries_keys_values(image_SBD, *img_mod[:2])
         txt_qkv = self.txt.queries_keys_values(text_LBD, *txt_mod[:2])
-        joint_qkv = (torch.cat(pair) for pair in zip(img_qkv, txt_qkv, strict=True))
-        attended = attend(*joint_qkv, softmax_scale=self.softmax_scale)
+        q_SBHd, k_SBHd, v_SBHd = (torch.cat(pair) for pair in zip(img_qkv, txt_qkv, strict=True))
+        attended = attend(q_SBHd, k_SBHd, v_SBHd, self.softmax_scale)
         # Not image_SBD.shape[0]: under sequence parallelism the projections have gathered the tokens.
         img_attended, txt_attended = attended.split([img_qkv[0].shape[0], txt_qkv[0].shape[0]])
         image_SBD = self.img.residual(image_SBD, img_attended, img_mod)
@@ -134,6 +137,6 @@ class MMDiT:
         return Head(self.ctx)
 
     def streams(self) -> dict[str, int]:
-        """Tokens of each tensor that crosses a stage boundary, in the blocks' order; conditioning is one token, whole."""
+        """Tokens of each stream that crosses a stage boundary, in the blocks' order; conditioning comes last."""
         model = self.ctx.config.model
         return {"image": (model.image_size // model.patch) ** 2, "text": model.text_tokens}

@@ -74,7 +74,7 @@ def vector(size: int, *, fill: float = 0.0, eps_follows_width: bool = True) -> T
 
 
 def declare(module: nn.Module, **tags: Tag) -> None:
-    """Say what a module's own parameters are; call it in the constructor, e.g. ``declare(self, weight=..., bias=...)``."""
+    """Say what a module's own parameters are; call it in the constructor: ``declare(self, weight=..., bias=...)``."""
     module.mup_tags = tags  # type: ignore[assignment]
 
 

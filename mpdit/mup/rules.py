@@ -19,7 +19,7 @@ from mpdit.mup.roles import Group, Role, Tag
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """What a parameter gets. ``lr`` is the peak learning rate of its schedule; ``multiplier`` acts in the forward pass."""
+    """What a parameter gets. ``lr`` is the peak of its schedule; ``multiplier`` acts in the forward pass."""
 
     init_std: float
     lr: float
@@ -29,7 +29,7 @@ class Rule:
 
 
 def width_ratio(width: int, mup: Mup) -> float:
-    """m: how much wider than the proxy. Every dimension that grows does so by this factor, so it is each fan-in's too."""
+    """m: how much wider than the proxy. Every dimension that grows does so by this factor, so each fan-in does."""
     return width / mup.base_width
 
 

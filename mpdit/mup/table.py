@@ -1,4 +1,4 @@
-"""The one table: name -> (tag, rule) of every parameter. Init, optimizer, readout and run folder all read it (law 2)."""
+"""The one table: name -> (tag, rule) of every parameter. Init, optimizer, readout and run folder read it (law 2)."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

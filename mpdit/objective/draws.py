@@ -1,10 +1,9 @@
-"""Random numbers keyed by what they are for: f(seed, purpose, sample id, visit). The same on any layout, after any resume.
+"""Random numbers keyed by what they are for: f(seed, purpose, sample id, visit). The same in any layout and resume.
 
 Drawn on the CPU, one generator a sample, so that neither the device nor the batch's composition matters.
 """
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ def _key(seed: int, purpose: str, sample_id: int, visit: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def noise(seed: int, sample_ids: Sequence[int], visits: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+def noise(seed: int, sample_ids: np.ndarray, visits: np.ndarray, shape: tuple[int, ...]) -> Tensor:
     """Standard normal, [B, *shape], fp32."""
     drawn = torch.empty(len(sample_ids), *shape)
     generator = torch.Generator()
@@ -28,7 +27,7 @@ def noise(seed: int, sample_ids: Sequence[int], visits: Sequence[int], shape: tu
     return drawn
 
 
-def uniform(seed: int, purpose: str, sample_ids: Sequence[int], visits: Sequence[int]) -> np.ndarray:
+def uniform(seed: int, purpose: str, sample_ids: np.ndarray, visits: np.ndarray) -> np.ndarray:
     """Uniform in (0, 1), [B], fp64; `purpose` keeps drops, flips and times of one sample independent."""
     keys = [_key(seed, purpose, int(s), int(v)) for s, v in zip(sample_ids, visits, strict=True)]
     return (np.array([k >> 11 for k in keys], dtype=np.float64) + 0.5) / 2.0**53

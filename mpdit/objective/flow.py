@@ -4,7 +4,6 @@ x_t = (1 - t) x_0 + t noise; the network predicts the velocity dx_t/dt = noise -
 """
 
 import dataclasses
-from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -24,7 +23,7 @@ class Noised:
     time_B: Tensor
 
 
-def times(objective: Objective, seed: int, sample_ids: Sequence[int], visits: Sequence[int]) -> Tensor:
+def times(objective: Objective, seed: int, sample_ids: np.ndarray, visits: np.ndarray) -> Tensor:
     """Times in (0, 1), [B], fp32: sigmoid(mean + std * normal) (equation 19 there), or uniform."""
     u = draws.uniform(seed, "time", sample_ids, visits)
     if objective.timesteps == "logit_normal":
@@ -33,9 +32,11 @@ def times(objective: Objective, seed: int, sample_ids: Sequence[int], visits: Se
     return torch.from_numpy(u).float()
 
 
-def noised(images_BCHW: Tensor, objective: Objective, seed: int, sample_ids: Sequence[int], visits: Sequence[int]) -> Noised:
+def noised(images_BCHW: Tensor, objective: Objective, seed: int, sample_ids: np.ndarray, visits: np.ndarray) -> Noised:
     """Training pairs for images in [-1, 1]; noise and time are functions of (seed, sample id, visit) alone."""
     noise_BCHW = draws.noise(seed, sample_ids, visits, tuple(images_BCHW.shape[1:]))
     time_B = times(objective, seed, sample_ids, visits)
     t = time_B[:, None, None, None]
-    return Noised(noisy_BCHW=(1 - t) * images_BCHW + t * noise_BCHW, target_BCHW=noise_BCHW - images_BCHW, time_B=time_B)
+    return Noised(
+        noisy_BCHW=(1 - t) * images_BCHW + t * noise_BCHW, target_BCHW=noise_BCHW - images_BCHW, time_B=time_B
+    )

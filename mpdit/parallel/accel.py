@@ -1,8 +1,8 @@
 """Which device this process trains on: the one module that knows (law 4).
 
 Where CUDA works, :func:`enter` selects the local device and patches nothing. On a machine without CUDA it makes
-megatron-core's unconditional CUDA calls mean "the CPU"; megatron-core itself stays unedited. ``torch.cuda.is_available``
-keeps saying False, so that code which asks politely takes its CPU branch.
+megatron-core's unconditional CUDA calls mean "the CPU"; megatron-core stays unedited. ``torch.cuda.is_available`` keeps
+saying False, so that code which asks politely takes its CPU branch.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ _USED = (
 )
 # Factories that megatron-core calls with device="cuda" or device=torch.cuda.current_device().
 _FACTORIES = (
-    "tensor as_tensor empty zeros ones full arange linspace eye rand randn randint empty_like zeros_like ones_like "
-    "full_like rand_like randn_like empty_strided"
-).split()
+    *("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "linspace", "eye", "rand", "randn", "randint"),
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_strided"),
+)
 _entered = False
 
 
@@ -63,6 +63,13 @@ def enter() -> None:
     """
     global _entered
     refuse_foreign_apex()
+    # Megatron overlaps gradient reductions with GEMMs by launch order, which one hardware queue keeps.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # megatron-core's own business: its default for CUDA graphs, and a name that newer torch has for all_gather.
+    warnings.filterwarnings(action="ignore", message="full scope is deprecated", category=UserWarning)
+    warnings.filterwarnings(
+        action="ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning
+    )
     with warnings.catch_warnings():
         # "Transformer Engine and Apex are not installed", four times; `mpdit doctor` says it once, with advice.
         warnings.simplefilter("ignore")
@@ -110,12 +117,11 @@ def _patch_factories() -> None:
         setattr(owner, name, _identity())
     plain_to, plain_type = torch.Tensor.to, torch.Tensor.type
 
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(kwargs.get("device"), str | torch.device) and _names_cuda(kwargs["device"]):
             kwargs["device"] = _CPU
-        return plain_to(
-            self, *(_CPU if isinstance(a, str | torch.device) and _names_cuda(a) else a for a in args), **kwargs
-        )
+        here = [_CPU if isinstance(a, str | torch.device) and _names_cuda(a) else a for a in args]
+        return plain_to(self, *here, **kwargs)  # type: ignore[arg-type]
 
     def kind(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Megatron's optimizers and its clipping compare type() with 'torch.cuda.FloatTensor' and raise otherwise.

@@ -44,9 +44,8 @@ def attend(q_SBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor, softmax_scale: float)
     group = parallel_state.get_context_parallel_group()
     if group.size() > 1:
         q_SBHd, k_SBHd, v_SBHd = (_HeadsToTokens.apply(x, group, True) for x in (q_SBHd, k_SBHd, v_SBHd))
-    o_BHSd = F.scaled_dot_product_attention(
-        *(x.permute(1, 2, 0, 3) for x in (q_SBHd, k_SBHd, v_SBHd)), scale=softmax_scale
-    )
+    q_BHSd, k_BHSd, v_BHSd = (x.permute(1, 2, 0, 3) for x in (q_SBHd, k_SBHd, v_SBHd))
+    o_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, scale=softmax_scale)
     o_SBHd = o_BHSd.permute(2, 0, 1, 3)
     if group.size() > 1:
         o_SBHd = _HeadsToTokens.apply(o_SBHd, group, False)

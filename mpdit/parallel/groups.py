@@ -36,14 +36,12 @@ def data_parallel_size(parallel: Parallel, world: int) -> int:
 def start(parallel: Parallel, seed: int, timeout_s: float = 600.0) -> None:
     """Join the world (unless the caller already did) and make Megatron's groups for this layout."""
     if not dist.is_initialized():
-        for key, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")):
-            os.environ.setdefault(key, value)
-        alone = os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0"
-        dist.init_process_group(
-            accel.collective_backend(),
-            timeout=datetime.timedelta(seconds=timeout_s),
-            **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
-        )
+        timeout = datetime.timedelta(seconds=timeout_s)
+        backend = accel.collective_backend()
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:  # not under torchrun: a world of one, without a port
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(
         parallel.tp,
         parallel.pp,
@@ -72,11 +70,11 @@ def barrier() -> None:
     dist.barrier()
 
 
-def mean_over_world(value: float) -> float:
-    """The mean of a number over all ranks, on every rank."""
-    total = torch.tensor([value], dtype=torch.float64 if not accel.is_cuda() else torch.float32, device=accel.device())
-    dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
+def sum_over_data(value: int) -> int:
+    """The sum of a whole number (below 2^48) over the data-parallel ranks of this place in the model."""
+    total = torch.tensor([value], dtype=torch.int64, device=accel.device())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return int(total.item())
 
 
 def data_rank() -> int:
@@ -85,10 +83,6 @@ def data_rank() -> int:
 
 def data_size() -> int:
     return int(parallel_state.get_data_parallel_world_size())
-
-
-def context_rank() -> int:
-    return int(parallel_state.get_context_parallel_rank())
 
 
 def is_first_stage() -> bool:

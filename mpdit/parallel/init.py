@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, parameter name, global shape) alone, then sliced: the same in every layout."""
+"""Initial weights are f(seed, parameter name, global shape), then sliced: the same in every layout."""
 
 import hashlib
 
@@ -22,13 +22,21 @@ def full_value(name: str, entry: Entry, seed: int) -> Tensor:
     return torch.randn(tag.shape, generator=generator) * std
 
 
+def sharded_dim(parameter: nn.Parameter) -> int | None:
+    """The dimension along which tensor ranks hold parts of a parameter; None if each holds it whole."""
+    return getattr(parameter, "partition_dim") if getattr(parameter, "tensor_model_parallel", False) else None  # noqa: B009
+
+
 def shard(whole: Tensor, parameter: nn.Parameter, tag: Tag) -> Tensor:
-    """This tensor rank's part of a `whole` value; `parameter` says along which dimension it is sharded."""
-    if getattr(parameter, "tensor_model_parallel", False):
+    """This tensor rank's part of a `whole` value for `parameter`."""
+    dim = sharded_dim(parameter)
+    if dim is not None:
         size = parallel_state.get_tensor_model_parallel_world_size()
-        whole = whole.chunk(size, parameter.partition_dim)[parallel_state.get_tensor_model_parallel_rank()]
+        whole = whole.chunk(size, dim)[parallel_state.get_tensor_model_parallel_rank()]
     if whole.shape != parameter.shape:
-        raise ValueError(f"{tag.shape} gives a shard {tuple(whole.shape)}, but the parameter is {tuple(parameter.shape)}")
+        raise ValueError(
+            f"{tag.shape} gives a shard {tuple(whole.shape)}, but the parameter is {tuple(parameter.shape)}"
+        )
     return whole
 
 

@@ -113,8 +113,8 @@ class Table(nn.Embedding):
 class HeadNorm(nn.Module):
     """RMSNorm of queries or keys over head_dim, with a gain shared by all heads.
 
-    Must be named ``q_layernorm`` or ``k_layernorm``: a tensor rank sees its own heads only, and Megatron sums gains with
-    these names over the tensor ranks when ``qk_layernorm`` is set.
+    Must be named ``q_layernorm`` or ``k_layernorm``: a tensor rank sees its own heads only, and Megatron sums gains
+    with these names over the tensor ranks when ``qk_layernorm`` is set.
     """
 
     def __init__(self, ctx: Context, head_dim: int, eps: float = 1e-6) -> None:

@@ -138,14 +138,14 @@ def schedule(optim: Optim, steps: int, optimizer: Any) -> OptimizerParamSchedule
     )
 
 
-# ---- state in model space ---------------------------------------------------------------------------------------------
+# ---- state in model space --------------------------------------------------------------------------------------------
 # Checkpoints hold fp32 master weights and moments in the shape of the parameters, whatever optimizer, precision or
 # data-parallel sharding wrote them; Megatron's own formats tie them to the kind of optimizer.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """Where a parameter's optimizer state lives. `span` is this data rank's part of the flattened parameter, or None."""
+    """Where a parameter's optimizer state lives. `span`: this data rank's part of the flattened parameter, or None."""
 
     main: Tensor
     state: dict[str, Tensor]
@@ -155,7 +155,9 @@ class Slot:
 
 
 def _inner(optimizer: Any) -> list[Any]:
-    return [o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if getattr(o, "optimizer", None) is not None]
+    return [
+        o for o in getattr(optimizer, "chained_optimizers", [optimizer]) if getattr(o, "optimizer", None) is not None
+    ]
 
 
 def _fill_state(inner: Any) -> None:
@@ -181,7 +183,9 @@ def slots(optimizer: Any) -> dict[nn.Parameter, Slot]:
         adam = inner.optimizer
         group_of = {id(p): group for group in adam.param_groups for p in group["params"]}
 
-        def slot(main: Tensor, span: slice | None = None, shards: Any = None, adam: Any = adam, of: Any = group_of) -> Slot:
+        def slot(
+            main: Tensor, span: slice | None = None, shards: Any = None, adam: Any = adam, of: Any = group_of
+        ) -> Slot:
             return Slot(main=main, state=adam.state[main], group=of[id(main)], span=span, shards=shards)
 
         if hasattr(inner, "model_param_group_index_map"):
@@ -204,7 +208,9 @@ def _shard_group(ctx: Context) -> dist.ProcessGroup | None:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
-def whole_state(ctx: Context, chunks: Sequence[Any], optimizer: Any) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
+def whole_state(
+    ctx: Context, chunks: Sequence[Any], optimizer: Any
+) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
     """(name, parameter, {"param", "exp_avg", "exp_avg_sq"} in its shape, fp32) for every parameter of this rank.
 
     Collective: under the distributed optimizer the data ranks' parts are summed together.

@@ -27,8 +27,8 @@ def forward_backward(
 ) -> float:
     """Run the micro-batches through the pipeline; gradients end in the chunks' buffers.
 
-    A micro-batch has ``inputs`` for the network and whatever `loss_function(prediction, micro_batch)` needs: a mean over
-    this context rank's tokens. Returns the mean loss over micro-batches, data and context ranks, on every rank.
+    A micro-batch has ``inputs`` for the network and whatever `loss_function(prediction, micro_batch)` needs: a mean
+    over this context rank's tokens. Returns the mean loss over micro-batches, data and context ranks, on every rank.
     """
     cp = ctx.config.parallel.cp
 
@@ -37,7 +37,7 @@ def forward_backward(
 
         def loss(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             value = loss_function(prediction, micro_batch)
-            # Megatron multiplies by cp, DDP averages over data x context ranks. And it divides in place: hence the clone.
+            # Megatron multiplies by cp and DDP averages over data x context ranks. It divides in place: so a clone.
             return value / cp, {"loss": value.detach().clone()}
 
         return stage(micro_batch.inputs), loss
@@ -51,7 +51,9 @@ def forward_backward(
 
 
 @torch.no_grad()
-def predict(ctx: Context, chunks: Sequence[nn.Module], micro_batches: Sequence[Any], streams: dict[str, int]) -> list[Tensor]:
+def predict(
+    ctx: Context, chunks: Sequence[nn.Module], micro_batches: Sequence[Any], streams: dict[str, int]
+) -> list[Tensor]:
     """The network's prediction [S, B, P] for each micro-batch, whole, on every rank of the model."""
 
     def forward_step(iterator: Iterator[Any], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -64,7 +66,9 @@ def predict(ctx: Context, chunks: Sequence[nn.Module], micro_batches: Sequence[A
         outputs = [torch.empty(rows, m.size, features, dtype=ctx.dtype, device=accel.device()) for m in micro_batches]
     for output in outputs:
         dist.broadcast(
-            output, parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group()
+            output,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            parallel_state.get_pipeline_model_parallel_group(),
         )
     return [_gather_context(output) for output in outputs]
 

@@ -1,4 +1,4 @@
-"""Sharded checkpoints in Megatron's dist_checkpointing format, loadable into any layout. Loading runs no code (law 8)."""
+"""Sharded checkpoints in Megatron's dist_checkpointing format, loadable into any layout. Loading runs no code."""
 
 import io
 import pickle
@@ -11,25 +11,28 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 from torch import Tensor, nn
 
 from mpdit.errors import InputError
+from mpdit.parallel.init import sharded_dim
 
-# What torch's checkpoint metadata is made of. Everything else in the pickle is refused.
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_METADATA_NAMES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("builtins", "slice"),
-    ("builtins", "set"),
-    ("_codecs", "encode"),
-    ("pathlib", "PosixPath"),
-    ("torch.utils._pytree", "TreeSpec"),
+# What torch's checkpoint metadata is made of: data classes and enums. Everything else in the pickle is refused.
+_METADATA = {
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.planner": {
+        *("SavePlan", "TensorWriteData", "BytesIOWriteData", "WriteItem", "WriteItemType"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
 }
 
 
 def tensor(key: str, value: Tensor, parameter: nn.Parameter) -> Any:
     """`value`, which lies in the layout as `parameter` does, under a name that is the same in every layout."""
-    if getattr(parameter, "tensor_model_parallel", False):
-        return make_tp_sharded_tensor_for_checkpoint(value, key, tp_axis=parameter.partition_dim)
+    dim = sharded_dim(parameter)
+    if dim is not None:
+        return make_tp_sharded_tensor_for_checkpoint(value, key, tp_axis=dim)
     return make_sharded_tensor_for_checkpoint(value, key)
 
 
@@ -49,8 +52,7 @@ def load(tensors: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and (name.startswith(("float", "bfloat", "int", "uint")) or name == "bool")
-        if module in _METADATA_MODULES or (module, name) in _METADATA_NAMES or dtype:
+        if name in _METADATA.get(module, ()):
             return super().find_class(module, name)
         raise InputError(f"holds {module}.{name}, which is no checkpoint metadata; it may run code and is refused")
 

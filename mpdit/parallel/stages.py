@@ -1,10 +1,11 @@
 """Blocks onto pipeline stages, and the one packed tensor that crosses between them.
 
-Megatron passes a single tensor. It is ``[image tokens | text tokens | conditioning]`` along the sequence, so conditioning
-gradients flow back through the pipeline and no embedder is replicated over stages. Token streams are this rank's share
-under context and sequence parallelism; conditioning is one token, whole on every rank.
+Megatron passes a single tensor. It is ``[image tokens | text tokens | conditioning]`` along the sequence, so that the
+conditioning's gradients flow back through the pipeline and no embedder is replicated over stages. Token streams are
+this rank's share under context and sequence parallelism; conditioning is one token, whole on every rank.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -52,11 +53,11 @@ def split(config: Config) -> list[range]:
         sizes = (depth // chunks,) * chunks
     if len(sizes) != chunks or sum(sizes) != depth or min(sizes) < 1:
         raise InputError(
-            f"parallel.pp_split {list(sizes)} should be {chunks} numbers (pp {parallel.pp} x vpp {parallel.vpp}), each at "
-            f"least 1, that add up to model.depth {depth}."
+            f"parallel.pp_split {list(sizes)} should be {chunks} numbers (pp {parallel.pp} x vpp {parallel.vpp}), each "
+            f"at least 1, that add up to model.depth {depth}."
         )
     starts = [sum(sizes[:i]) for i in range(chunks + 1)]
-    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 class Stage(MegatronModule):
@@ -65,7 +66,9 @@ class Stage(MegatronModule):
     share_embeddings_and_output_weights = False  # asked by finalize_model_grads
     model_type = ModelType.encoder_or_decoder  # asked by the schedules
 
-    def __init__(self, ctx: Context, parts: Parts, blocks: range, *, first: bool, last: bool, vp_stage: int | None) -> None:
+    def __init__(
+        self, ctx: Context, parts: Parts, blocks: range, *, first: bool, last: bool, vp_stage: int | None
+    ) -> None:
         super().__init__(ctx.megatron)
         self.ctx = ctx
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +18,7 @@ Predict = Callable[[list[Any]], list[Tensor]]  # micro-batches -> predictions [S
 MakeBatch = Callable[[Inputs, int], Any]
 
 
-def draw(
-    config: Config, prompts: Sequence[str], tokens: Tokens, predict: Predict, make_batch: MakeBatch
-) -> Tensor:
+def draw(config: Config, prompts: Sequence[str], tokens: Tokens, predict: Predict, make_batch: MakeBatch) -> Tensor:
     """Images [N, C, H, W] in [-1, 1], one a prompt, on every rank; collective.
 
     The noise is a function of (sample.seed, the prompt's number): a picture depends neither on the layout nor on the
@@ -28,10 +27,10 @@ def draw(
     model, sample = config.model, config.sample
     ranks, rounds = groups.data_size(), config.parallel.pp
     share = -(-len(prompts) // (ranks * rounds)) * rounds  # padded so that each micro-batch of each rank is alike
-    mine = [i % len(prompts) for i in range(groups.data_rank() * share, (groups.data_rank() + 1) * share)]
+    mine = (groups.data_rank() * share + np.arange(share)) % len(prompts)
     shape = (model.channels, model.image_size, model.image_size)
-    noise = draws.noise(sample.seed, mine, [0] * len(mine), shape).to(accel.device())
-    text = tokens([prompts[i] for i in mine]).to(accel.device())
+    noise = draws.noise(sample.seed, mine, np.zeros_like(mine), shape).to(accel.device())
+    text = tokens([prompts[int(i)] for i in mine]).to(accel.device())
     null = tokens([""] * len(mine)).to(accel.device())
 
     def velocity(x_BCHW: Tensor, t: float) -> Tensor:
@@ -44,7 +43,10 @@ def draw(
         asked = micro_batches(text) + (micro_batches(null) if sample.guidance != 1 else [])
         whole = torch.cat([p.float() for p in predict(asked)], 1)
         predicted = unpatchify(whole, model.patch, model.image_size, model.image_size)
-        return predicted if sample.guidance == 1 else guided(*predicted.chunk(2), sample.guidance)
+        if sample.guidance == 1:
+            return predicted
+        conditional, unconditional = predicted.chunk(2)
+        return guided(conditional, unconditional, sample.guidance)
 
     images = euler(velocity, noise, sample.steps).clamp(-1, 1)
     return groups.gather_over_data(images)[: len(prompts)].cpu()

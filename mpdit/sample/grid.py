@@ -38,7 +38,9 @@ def grid(images_NCHW: Tensor, captions: Sequence[str], columns: int = 0) -> Imag
     return sheet
 
 
-def _wrap(pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, text: str, width: int) -> list[str]:
+def _wrap(
+    pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, text: str, width: int
+) -> list[str]:
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()

@@ -1,6 +1,7 @@
 """From samples to what the network is asked and what it should answer. The only place where data meets objective."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ class FlowBatch:
     inputs: Inputs | None = None
     target_SBP: Tensor | None = None
     weight_B: Tensor | None = None  # of each image in the loss; None: all one
+    sample_key: int = 0  # of the (sample id, visit) pairs in it, whatever their order; sums over micro-batches
 
 
 def loss(prediction_SBP: Tensor, batch: FlowBatch) -> Tensor:
@@ -34,6 +36,13 @@ def loss(prediction_SBP: Tensor, batch: FlowBatch) -> Tensor:
     if batch.weight_B is None:
         return error_SBP.mean()
     return (error_SBP.mean((0, 2)) * batch.weight_B).mean()
+
+
+def sample_key(sample_ids: np.ndarray, visits: np.ndarray) -> int:
+    """A number that tells sets of (sample id, visit) apart and adds over their parts, modulo 2^48."""
+    pairs = zip(sample_ids.tolist(), visits.tolist(), strict=True)
+    digests = (hashlib.blake2b(f"{i}/{v}".encode(), digest_size=6).digest() for i, v in pairs)
+    return sum(int.from_bytes(d, "little") for d in digests) % 2**48
 
 
 def flow_batch(
@@ -58,6 +67,7 @@ def flow_batch(
         size=len(sample_ids),
         inputs=Inputs(image_BCHW=pair.noisy_BCHW.to(device), time_B=pair.time_B.to(device), text_BL=text_BL.to(device)),
         target_SBP=tokens.own_context(patchify(pair.target_BCHW, config.model.patch)).to(device),
+        sample_key=sample_key(sample_ids, visits),
     )
 
 

@@ -18,7 +18,6 @@ from mpdit.errors import InputError
 from mpdit.mup.table import rows
 from mpdit.parallel import groups
 from mpdit.sample import grid
-from mpdit.sample.draw import draw
 from mpdit.train import batches, checkpoint, session
 from mpdit.train.checkpoint import Position
 from mpdit.train.console import Reporter
@@ -54,27 +53,25 @@ class Sets:
     @classmethod
     def open(cls, config: Config) -> "Sets":
         train, val = Shards.open(config.data.path, "train"), Shards.open(config.data.path, "val")
-        assert train.tokenizer is not None  # preflight has looked
         plan = Plan(
             samples=len(train),
             batch_size=config.train.batch_size,
             seed=config.train.seed,
             fingerprint=train.fingerprint,
         )
-        tokenizer = Tokenizer.open(train.tokenizer.path, train.tokenizer.sha256)
-        return cls(train=train, val=val, tokenizer=tokenizer, plan=plan)
+        return cls(train=train, val=val, tokenizer=session.open_tokenizer(config), plan=plan)
 
 
 def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]:
-    """(checkpoint, step) to go on from, (None, 0) for a new run. Raises InputError for another model, data or horizon."""
+    """(checkpoint, step) to go on from, (None, 0) for a new run. Raises InputError for another model or data."""
     path = checkpoint.newest(Path(config.run.dir), warn)
     if path is None:
         return None, 0
     at = checkpoint.position(path, config)
     if at.plan_hash != sets.plan.hash:
         raise InputError(
-            f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, or "
-            "give another run.dir."
+            f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, "
+            "or give another run.dir."
         )
     if at.step >= config.train.steps:
         raise InputError(
@@ -216,6 +213,8 @@ class _Run:
             "lr": lr,
             "grad_norm": norm,
             "images": (step + 1) * batch,
+            # What was really read, not what was planned: equal numbers, equal (sample id, visit) pairs.
+            "samples": f"{groups.sum_over_data(sum(m.sample_key for m in micro_batches)) % 2**48:012x}",
             "epoch": round(self.sets.plan.epoch(step + 1), 4),
             "step_s": round(step_s, 6),
             "data_s": round(data_s, 6),
@@ -251,17 +250,11 @@ class _Run:
         return self.run.network.validate(self._val)
 
     def _draw(self, done: int) -> None:
-        config, network = self.config, self.run.network
+        config = self.config
         prompts = list(config.sample.prompts) or [
             self.sets.val.caption(int(i)) for i in batches.validation_samples(self.sets.val, _GRID_PROMPTS)
         ]
-        images = draw(
-            config,
-            prompts,
-            lambda captions: torch.from_numpy(self.sets.tokenizer.encode(captions, config.model.text_tokens)),
-            network.predict,
-            lambda inputs, size: batches.FlowBatch(inputs=inputs, size=size),
-        )
+        images = session.draw(self.run.network, config, prompts, self.sets.tokenizer)
         if self.recorder.first:
             self._last_grid = grid.save(
                 grid.grid(images, prompts), self.recorder.dir / "samples" / f"step_{done:07d}.png"

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     path = Path(argv[0])
     config = configs.load(path / "config.yaml" if path.is_dir() else path, argv[1:])
-    _threads()
+    use_cores()
 
     from mpdit.parallel import accel
 
@@ -43,8 +43,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _threads() -> None:
-    """The machine's cores, shared by the ranks on it; torchrun would give each rank one."""
+def use_cores() -> None:
+    """As many threads as the machine has cores for this rank; torchrun would give each rank one."""
     import torch
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""Everything that can be said about a config before any rank starts: checked in one place, one sentence each (law 9)."""
+"""Everything that can be said about a config before any rank starts: in one place, one sentence each (law 9)."""
 
 import dataclasses
 import math
@@ -38,13 +38,17 @@ def _ranges(config: Config) -> None:
     at_least(1, model__width=model.width, model__depth=model.depth, model__head_dim=model.head_dim)
     at_least(1, model__patch=model.patch, model__image_size=model.image_size, model__channels=model.channels)
     at_least(1, model__text_tokens=model.text_tokens, model__mlp_ratio=model.mlp_ratio)
-    at_least(1, parallel__tp=parallel.tp, parallel__pp=parallel.pp, parallel__vpp=parallel.vpp, parallel__cp=parallel.cp)
+    at_least(
+        1, parallel__tp=parallel.tp, parallel__pp=parallel.pp, parallel__vpp=parallel.vpp, parallel__cp=parallel.cp
+    )
     at_least(0, parallel__micro_batch=parallel.micro_batch, data__workers=config.data.workers)
     at_least(1, train__steps=train.steps, train__batch_size=train.batch_size, mup__base_width=config.mup.base_width)
     at_least(1, train__log_every=train.log_every, train__val_images=train.val_images, sample__steps=config.sample.steps)
     at_least(0, train__seed=train.seed, train__save_every=train.save_every, train__val_every=train.val_every)
     at_least(0, train__sample_every=train.sample_every, train__keep_last=train.keep_last)
-    at_least(0, optim__lr=optim.lr, optim__weight_decay=optim.weight_decay, optim__eps=optim.eps, optim__clip=optim.clip)
+    at_least(
+        0, optim__lr=optim.lr, optim__weight_decay=optim.weight_decay, optim__eps=optim.eps, optim__clip=optim.clip
+    )
     at_least(0, optim__warmup_steps=optim.warmup_steps, optim__decay_steps=optim.decay_steps)
     for key, share in (
         ("data.caption_drop", config.data.caption_drop),
@@ -59,8 +63,8 @@ def _ranges(config: Config) -> None:
         raise InputError(f"optim.warmup_steps {optim.warmup_steps} should be less than train.steps {train.steps}.")
     if optim.schedule == "wsd" and not 0 < optim.decay_steps <= train.steps:
         raise InputError(
-            f"optim.schedule wsd decays over optim.decay_steps, which is {optim.decay_steps}; it should be between 1 and "
-            f"train.steps {train.steps}."
+            f"optim.schedule wsd decays over optim.decay_steps, which is {optim.decay_steps}; it should be between 1 "
+            f"and train.steps {train.steps}."
         )
 
 
@@ -73,7 +77,9 @@ def _shapes(config: Config) -> None:
         )
     heads = model.width // model.head_dim // parallel.tp
     if heads % parallel.cp:
-        raise InputError(f"{heads} heads a tensor rank do not divide by parallel.cp {parallel.cp} (Ulysses splits heads).")
+        raise InputError(
+            f"{heads} heads a tensor rank do not divide by parallel.cp {parallel.cp} (Ulysses splits heads)."
+        )
     if model.width % 4:
         raise InputError(f"model.width {model.width} should be a multiple of 4 (2-D sin-cos positions).")
     if model.image_size % model.patch:

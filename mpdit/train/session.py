@@ -1,16 +1,20 @@
 """What a run is made of on this rank: stages, muP table, optimizer, schedule, EMA. Built the same for every layout."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from mpdit import models
 from mpdit.config import Config
+from mpdit.data.shards import Shards
+from mpdit.data.text import Tokenizer
 from mpdit.mup.roles import collect
 from mpdit.mup.table import Table, merge, resolve
 from mpdit.parallel import accel, context, groups, init, optimizer, schedule, stages
 from mpdit.parallel.context import Context
+from mpdit.sample import draw as sampling
 from mpdit.train import batches
 from mpdit.train.batches import FlowBatch
 from mpdit.train.ema import EMA
@@ -49,9 +53,7 @@ class Session:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         network = self.network
-        return schedule.forward_backward(
-            network.ctx, network.chunks, micro_batches, batches.loss, network.streams
-        )
+        return schedule.forward_backward(network.ctx, network.chunks, micro_batches, batches.loss, network.streams)
 
     def update(self) -> float:
         """Clip, step the optimizer and the schedule; the global gradient norm before clipping."""
@@ -61,6 +63,24 @@ class Session:
 
     def settled(self) -> Any:
         return optimizer.settled(self.network.ctx, self.network.chunks)
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """The data set's tokenizer, checked against its manifest."""
+    file = Shards.open(config.data.path, "train").tokenizer
+    assert file is not None  # preflight has looked
+    return Tokenizer.open(file.path, file.sha256)
+
+
+def draw(network: Network, config: Config, prompts: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
+    """Images [N, C, H, W] in [-1, 1] with the network's present weights, on every rank; collective."""
+    return sampling.draw(
+        config,
+        prompts,
+        lambda captions: torch.from_numpy(tokenizer.encode(captions, config.model.text_tokens)),
+        network.predict,
+        lambda inputs, size: FlowBatch(inputs=inputs, size=size),
+    )
 
 
 def build_network(config: Config) -> Network:

@@ -258,7 +258,8 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         killed = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
-        self.close("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
+        # Whoever ends a run early, a scheduler above all, does not wait long.
+        self.close("FINISHED" if kind is None else "KILLED" if killed else "FAILED", 30.0 if kind is None else 10.0)
 
     def _put(self, item: _Point | _File) -> None:
         with self._changed:

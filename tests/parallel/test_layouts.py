@@ -1,4 +1,4 @@
-"""Law 3: the layout changes nothing. Every layout against the plain-PyTorch reference, on the project's own data path."""
+"""Law 3: the layout changes nothing. Every layout against the plain-PyTorch reference, on the project's data path."""
 
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,8 @@ def reference(tiny_set: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def header() -> None:
-    print(f"\n{'layout':38s} {'ranks':>5s} {'initial weights':>16s} {'loss fp32':>10s} {'grad norm':>10s} {'EMA':>9s} {'loss bf16':>10s}")
+    columns = ("initial weights", "loss fp32", "grad norm", "EMA", "loss bf16")
+    print(f"\n{'layout':38s} {'ranks':>5s} " + " ".join(f"{c:>15s}" for c in columns))
 
 
 def difference(found: list[float], wanted: list[float]) -> float:
@@ -211,7 +212,8 @@ def test_layouts(name: str, tiny_set: Path, reference: dict[str, Any], header: N
     loss, norm = difference(fp32[0]["losses"], reference["losses"]), difference(fp32[0]["norms"], reference["norms"])
     loss_bf16 = difference(bf16[0]["losses"], reference["losses"])
     verdict = "identical" if identical else "DIFFERENT"
-    print(f"{name:38s} {world:5d} {verdict:>16s} {loss:10.1e} {norm:10.1e} {ema_error:9.1e} {loss_bf16:10.1e}")
+    numbers = "".join(f" {x:15.1e}" for x in (loss, norm, ema_error, loss_bf16))
+    print(f"{name:38s} {world:5d} {verdict:>15s}{numbers}")
     assert identical
     assert loss <= LOSS_BOUND
     assert norm <= 10 * LOSS_BOUND

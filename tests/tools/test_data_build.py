@@ -14,10 +14,10 @@ import pytest
 from data_sets import build, dropped, manifest, picture, samples, tree, write_folder, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
-
 from mpdit_tools.data.captions import clean_caption, is_outside
 from mpdit_tools.data.images import Unusable, square
+from mpdit_tools.data.tokenizer import train_tokenizer
+from PIL import Image
 
 
 def test_every_picture_comes_out_with_its_caption(tmp_path):
@@ -56,6 +56,15 @@ def test_the_manifest_has_the_documented_keys(tmp_path):
     (entry,) = told["sources"]
     assert entry | {"sha256": ""} == {"name": "mine", "version": "", "sha256": "", "licence": "unknown", "images": 12}
     assert str(tmp_path) not in (out / "manifest.json").read_text()
+
+
+def test_the_tokenizer_has_seen_training_captions_only(tmp_path):
+    source, out = write_folder(tmp_path / "mine", 30), tmp_path / "out"
+    assert build("folder", source, "--out", out, "--val", 0.3) == 0
+    captions = [sample["txt"] for sample in samples(out, "train")]
+    model, size = train_tokenizer(captions, vocab_size=2048)
+    assert (out / "tokenizer.model").read_bytes() == model
+    assert manifest(out)["tokenizer"]["vocab_size"] == size
 
 
 def test_rebuilding_gives_the_same_bytes(tmp_path):
@@ -459,12 +468,17 @@ def group_members(group: int) -> list[int]:
 def test_a_killed_build_leaves_no_output_and_the_next_one_starts_clean(tmp_path, workers):
     out = tmp_path / "out"
     process = start_build(slow_folder(tmp_path / "slow"), out, workers=workers)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    try:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        wait_for(lambda: None if group_members(process.pid) else True, seconds=10)
+    finally:
+        for left in group_members(process.pid):
+            os.kill(left, signal.SIGKILL)
+        process.stderr.close()
     assert not out.exists()
     (stale,) = tmp_path.glob("out.partial-*")
     assert (stale / "spool.bin").is_file()
-    wait_for(lambda: None if group_members(process.pid) else True)
     source = write_folder(tmp_path / "mine", 6)
     assert build("folder", source, "--out", out) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "slow"]

@@ -1,0 +1,45 @@
+# `make demo` and `make test` are all that a fresh machine needs: each makes .venv when there is none.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install test lint demo test-slow test-mcore-next clean
+
+install: $(STAMP)
+
+# torch is named in the same command: a later one would let a dependency choose another build of it.
+$(STAMP): pyproject.toml
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"
+	@touch $@
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=8
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+demo: $(STAMP)
+	$(BIN)/python examples/icons_mmdit/demo.py
+
+# The same tests on the next megatron-core, in an environment of its own. It asks for Python 3.12 and runs on 3.11.
+NEXT := .venv-mcore-next
+$(NEXT)/.installed: pyproject.toml
+	@test -d $(NEXT) || $(PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"
+	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --ignore-requires-python --no-deps \
+		--no-binary megatron-core megatron-core==0.19.2
+	@touch $@
+
+test-mcore-next: $(NEXT)/.installed
+	$(NEXT)/bin/python -m pytest -m "not slow and not gpu" tests/parallel tests/train
+
+clean:
+	rm -rf $(VENV) $(NEXT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

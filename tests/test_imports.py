@@ -1,0 +1,26 @@
+"""The arrows between the rooms point one way, and only the parallel room knows Megatron (contracts in pyproject.toml)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_import_contracts() -> None:
+    lint = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 kept, 0 broken" in result.stdout
+
+
+def test_models_name_no_process_group() -> None:
+    for path in (ROOT / "mpdit" / "models").glob("*.py"):
+        text = path.read_text()
+        assert "torch.distributed" not in text, path
+        assert "parallel_state" not in text, path
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from mpdit.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

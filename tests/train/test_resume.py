@@ -1,0 +1,169 @@
+"""Law 5: a run that is killed and goes on, in the same or another layout, is the unbroken run."""
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import tiny
+
+from mpdit.config import Config
+from mpdit.errors import InputError
+
+TP2_PP2 = {"tp": 2, "pp": 2}
+DP2 = {"distributed_optimizer": True}
+BOUND = 1e-5
+
+
+def train(rank: int, world: int, config: Config) -> float:
+    from mpdit.parallel import groups
+    from mpdit.train import loop, preflight
+
+    config = preflight.check(config, world)
+    groups.start(config.parallel, config.train.seed)
+    summary = loop.train(config)
+    groups.stop()
+    return summary.val_loss
+
+
+def run_config(data: Path, folder: Path, parallel: dict[str, Any], **sections: Any) -> Config:
+    train_section = {"save_every": 4, "keep_last": 2, **sections.pop("train", {})}
+    return tiny.with_run_dir(tiny.config(data, parallel=parallel, train=train_section, **sections), folder)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_written(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def same_run(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> float:
+    assert [row["step"] for row in found] == list(range(len(wanted)))
+    assert [row["samples"] for row in found] == [row["samples"] for row in wanted]
+    assert [row["lr"] for row in found] == [row["lr"] for row in wanted]
+    return max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], float]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    val_loss = ranks.run(4, train, config=run_config(tiny_set, folder, TP2_PP2))[0]
+    return metrics(folder), val_loss
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("then", "world"), [(TP2_PP2, 4), (DP2, 2), ({"cp": 2}, 2)], ids=["same", "DP2", "CP2"])
+def test_sigkill_and_resume(
+    then: dict[str, Any],
+    world: int,
+    tiny_set: Path,
+    tmp_path: Path,
+    unbroken: tuple[list[dict[str, Any]], float],
+) -> None:
+    wanted, val_loss = unbroken
+    at = random.randrange(6, 18)  # a step after the first checkpoint, before the end
+    first = ranks.start(4, train, config=run_config(tiny_set, tmp_path, TP2_PP2))
+    try:
+        deadline = time.monotonic() + 120
+        while steps_written(tmp_path) < at:
+            assert time.monotonic() < deadline, "the run made no progress"
+            time.sleep(0.002)
+        first.kill()
+    finally:
+        first.close()
+    killed_at = steps_written(tmp_path)
+    resumed = ranks.run(world, train, config=run_config(tiny_set, tmp_path, then))[0]
+    worst = same_run(metrics(tmp_path), wanted)
+    print(f"\nkilled after step {killed_at}, resumed as {then}: largest relative loss difference {worst:.1e}")
+    assert worst <= BOUND
+    assert resumed == pytest.approx(val_loss, rel=BOUND)
+
+
+# (saved in, loaded in): both kinds of optimizer, both precisions, every axis once.
+RESHARDS = {
+    "TP2+SP dist-opt -> PP4": ((2, {"tp": 2, "sp": True, **DP2}), (4, {"pp": 4})),
+    "DP4 dist-opt -> TP2xPP2xVPP2": ((4, DP2), (4, {**TP2_PP2, "vpp": 2, "micro_batch": 2})),
+    "PP2 -> DP2 dist-opt overlap": (
+        (2, {"pp": 2}),
+        (2, {**DP2, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    ),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", RESHARDS)
+def test_reshard(name: str, tiny_set: Path, tmp_path: Path, unbroken: tuple[list[dict[str, Any]], float]) -> None:
+    (world_a, a), (world_b, b) = RESHARDS[name]
+    # Stopped by its own end at step 8 of a schedule of 20: kill it there instead of shortening the schedule.
+    first = ranks.start(world_a, train, config=run_config(tiny_set, tmp_path, a))
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "checkpoints" / "step_8").exists():
+            assert time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.002)
+        first.kill()
+    finally:
+        first.close()
+    val_loss = ranks.run(world_b, train, config=run_config(tiny_set, tmp_path, b))[0]
+    worst = same_run(metrics(tmp_path), unbroken[0])
+    print(f"\n{name}: largest relative loss difference {worst:.1e}")
+    assert worst <= BOUND
+    assert val_loss == pytest.approx(unbroken[1], rel=BOUND)
+
+
+@pytest.mark.dist
+def test_bf16_run_resumes_bit_for_bit(tiny_set: Path, tmp_path: Path) -> None:
+    """Master weights, not their bf16 copies, are what a checkpoint holds."""
+    config = run_config(tiny_set, tmp_path, {"precision": "bf16"}, train={"save_every": 5, "keep_last": 0})
+    ranks.run(1, train, config=config)
+    wanted = metrics(tmp_path)
+    for later in (15, 20):
+        (tmp_path / "checkpoints" / f"step_{later}" / "manifest.json").unlink()
+    ranks.run(1, train, config=config)
+    assert [row["loss"] for row in metrics(tmp_path)] == [row["loss"] for row in wanted]
+
+
+@pytest.mark.dist
+def test_another_model_or_data_is_refused(tiny_set: Path, tmp_path: Path) -> None:
+    ranks.run(1, train, config=run_config(tiny_set, tmp_path, {}, train={"steps": 4}, optim={"warmup_steps": 1}))
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    for sections, word in (
+        ({"model": {"width": 64}}, "model.width"),
+        ({"train": {"seed": 4, "steps": 8}}, "train.seed"),
+        ({"train": {"steps": 4}, "optim": {"warmup_steps": 1}}, "train.steps"),
+    ):
+        with pytest.raises(ranks.RankFailed, match=f"InputError.*{word}"):
+            ranks.run(1, train, config=run_config(tiny_set, tmp_path, {}, **sections))
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_damaged_checkpoints_are_passed_over(tiny_set: Path, tmp_path: Path) -> None:
+    """Truncated, flipped, removed or emptied: named, and the one before it is used."""
+    from mpdit.train import checkpoint
+
+    settings: dict[str, Any] = {"train": {"steps": 6, "save_every": 2, "keep_last": 0}, "optim": {"warmup_steps": 1}}
+    ranks.run(1, train, config=run_config(tiny_set, tmp_path, {}, **settings))
+    newest = tmp_path / "checkpoints" / "step_6"
+    checkpoint.verify(newest)
+    files = [p for p in newest.rglob("*") if p.is_file()]
+    assert len(files) >= 6
+    for path in files:
+        whole = path.read_bytes()
+        flipped = bytes([whole[0] ^ 1]) + whole[1:]
+        for damage in (whole[: len(whole) // 2], flipped, b"", None):
+            path.unlink() if damage is None else path.write_bytes(damage)
+            said: list[str] = []
+            assert checkpoint.newest(tmp_path, said.append) == tmp_path / "checkpoints" / "step_4", path
+            assert len(said) == 1
+            assert "step_6" in said[0]
+            path.write_bytes(whole)
+    for step in (2, 4, 6):
+        (tmp_path / "checkpoints" / f"step_{step}" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        checkpoint.newest(tmp_path, print)

@@ -1,0 +1,1 @@
+"""Building image-text data sets: samples in, webdataset shards with index, tokenizer and manifest out."""

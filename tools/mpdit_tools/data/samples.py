@@ -1,0 +1,67 @@
+"""What a source of data hands to the builder: jobs that become samples or are dropped, and where they came from."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One picture, ready to be written."""
+
+    png: bytes  # RGB, square, ``size`` pixels a side
+    caption: str
+    concept: str  # what is split between train and val: samples of one concept never end up in both
+    meta: dict[str, Any]  # the JSON beside the picture
+    origin: str  # the file or icon it was made from
+    source: str  # a `Provenance.name`
+    style: str = ""
+    licence: str = "unknown"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Drop:
+    """A picture that cannot be used, and why. It is a job too: one that was lost before anything was decoded."""
+
+    origin: str
+    reason: str  # counted in the manifest: a short phrase out of a small set
+    detail: str = ""  # what the decoder said; only in dropped.jsonl
+
+    def render(self) -> "Drop":
+        return self
+
+
+class Job(Protocol):
+    """A picture still to be made. Jobs are pickled to worker processes."""
+
+    def render(self) -> Sample | Drop: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Provenance:
+    """Where pictures came from, pinned by content."""
+
+    name: str
+    version: str
+    sha256: str
+    licence: str
+
+
+class Source(Protocol):
+    """A set of pictures that can be built."""
+
+    name: str
+    size: int  # pixels a side
+    repeats: bool  # whether one picture may appear under several captions
+
+    def arguments(self) -> Mapping[str, Any]:
+        """The arguments that change what is built."""
+        ...
+
+    def provenance(self) -> list[Provenance]:
+        """The inputs, pinned. Must not need the network."""
+        ...
+
+    def jobs(self) -> list[Job]:
+        """All pictures in their final, shuffled order. Raises InputError when there is none."""
+        ...

@@ -1,0 +1,429 @@
+"""``mpdit doctor``: what this machine can run, and what to do about the rest.
+
+Whatever can fail, hang or crash at import is imported in a process of its own, several at a time; this one needs
+nothing but the standard library, so that it also answers where half of the packages are missing.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from mpdit.parallel.apex import apex_remedy, find_apex
+from mpdit.train.environment import cores, cpu_model, memory
+
+Verdict = Literal["ok", "limited", "wrong"]
+Facts = dict[str, Any]
+
+_GIB = 2**30
+_TIMEOUT = 180.0  # seconds a probe may take: a cold network disk is slow, not wrong
+# The rest of what training imports, by module; pip's words for it, as in pyproject.toml.
+_PLAIN = {
+    "numpy": "numpy>=2.0",
+    "sentencepiece": "sentencepiece>=0.2.0,<0.3",
+    "safetensors": "safetensors>=0.5",
+    "yaml": "PyYAML>=6.0",
+    "PIL": "pillow>=11",
+    "rich": "rich>=13.7",
+}
+_TE_PARTS = ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the table. "limited" costs a feature or speed; "wrong" keeps training from running."""
+
+    name: str
+    found: str
+    verdict: Verdict = "ok"
+    todo: str = ""
+
+
+# ---- probes: each runs in its own python and leaves a dict in `answer` -----------------------------------------------
+
+_RUN = """
+import json, sys
+scope = {}
+try:
+    exec(sys.argv[1], scope)
+    answer = scope["answer"]
+except BaseException as error:
+    answer = {"error": type(error).__name__, "text": " ".join(str(error).split())[:300],
+              "guarded": isinstance(error, ImportError)}
+print("\\n" + json.dumps(answer))
+"""
+
+_TORCH = """
+import ctypes, torch
+import torch.distributed as dist
+try:
+    version = ctypes.c_int(0)
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    driver = version.value // 1000
+except OSError:
+    driver = None
+seen = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+devices = [torch.cuda.get_device_properties(i) for i in seen]
+answer = {
+    "version": torch.__version__, "cuda": torch.version.cuda, "driver": driver, "threads": torch.get_num_threads(),
+    "devices": [{"name": d.name, "memory": d.total_memory, "capability": [d.major, d.minor]} for d in devices],
+    "gloo": dist.is_available() and dist.is_gloo_available(),
+    "nccl": dist.is_available() and dist.is_nccl_available(),
+}
+"""
+
+_MEGATRON = """
+import importlib
+for part in ("parallel_state", "tensor_parallel", "pipeline_parallel.schedules", "distributed", "optimizer",
+             "dist_checkpointing"):
+    importlib.import_module("megatron.core." + part)
+answer = {"version": importlib.import_module("megatron.core").__version__}
+"""
+
+_TRANSFORMER_ENGINE = """
+import torch, importlib
+answer = {"version": getattr(importlib.import_module("transformer_engine"), "__version__", "")}
+importlib.import_module("transformer_engine.pytorch")
+"""
+
+_DALI = """
+import nvidia.dali, nvidia.dali.fn
+answer = {"version": nvidia.dali.__version__}
+"""
+
+_MODULE = """
+import importlib
+answer = {{"version": getattr(importlib.import_module({0!r}), "__version__", "")}}
+"""
+
+
+def probe(code: str, timeout: float = _TIMEOUT) -> Facts:
+    """What `code` leaves in `answer`; if it fails, crashes or takes too long: "error" and "text", and "guarded" when it
+    is an ImportError, which those who import the package optionally catch."""
+    # -P and the parent's own path: the same packages as here, and not what lies in the current directory by chance.
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-W", "ignore", "-c", _RUN, code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.TimeoutExpired:
+        return {"error": "Timeout", "text": f"no answer within {timeout:g} s"}
+    except (ValueError, IndexError):
+        return {"error": "Crash", "text": f"python ended with exit code {done.returncode} at import"}
+    except OSError as error:
+        return {"error": type(error).__name__, "text": str(error)}
+
+
+def examine() -> Facts:
+    """Run every probe; the answers by name. A package that is not there at all answers None."""
+    codes = {
+        "megatron": ("megatron.core", _MEGATRON),
+        "torch": ("torch", _TORCH),
+        "transformer_engine": ("transformer_engine", _TRANSFORMER_ENGINE),
+        "dali": ("nvidia.dali", _DALI),
+        "triton": ("triton", _MODULE.format("triton")),
+        "resvg_py": ("resvg_py", _MODULE.format("resvg_py")),
+    }
+    codes |= {module: (module, _MODULE.format(module)) for module in _PLAIN}
+    with ThreadPoolExecutor(max(2, min(4, cores()))) as pool:
+        answers = {name: pool.submit(probe, code) for name, (module, code) in codes.items() if _there(module)}
+        return {name: answers[name].result() if name in answers else None for name in codes}
+
+
+def _there(module: str) -> bool:
+    """Whether `module`, of which only namespace packages may be parents, can be found; nothing of it is run."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _package(name: str, answer: Facts | None, todo: str, missing: Verdict = "wrong") -> Row:
+    if answer is None:
+        return Row(name=name, found="absent", verdict=missing, todo=todo)
+    if "error" in answer:
+        return Row(name=name, found=f"does not import: {answer['error']}: {answer['text']}", verdict="wrong", todo=todo)
+    return Row(name=name, found=answer["version"] or _version(name) or "here")
+
+
+def _packages(facts: Facts) -> list[Row]:
+    return [_package(pip.partition(">")[0], facts[module], f"pip install '{pip}'") for module, pip in _PLAIN.items()]
+
+
+def _torch(facts: Facts) -> list[Row]:
+    todo = "pip install 'torch>=2.11,<=2.13.0'"
+    torch = _package("torch", facts["torch"], todo)
+    if torch.verdict == "wrong":
+        return [torch]
+    answer = facts["torch"]
+    number = re.match(r"2\.(\d+)", answer["version"])
+    if not number or not 11 <= int(number[1]) <= 13:
+        torch = dataclasses.replace(torch, verdict="limited", todo=f"only 2.11 to 2.13 are tested: {todo}")
+    return [torch, _device(answer), _distributed(answer)]
+
+
+def _device(answer: Facts) -> Row:
+    kinds: dict[str, int] = {}
+    for device in answer["devices"]:
+        major, minor = device["capability"]
+        text = f"{device['name']}, {device['memory'] / _GIB:.0f} GiB, sm_{major}{minor}"
+        kinds[text] = kinds.get(text, 0) + 1
+    if kinds:
+        return Row(name="device", found="; ".join(f"{count} x {kind}" for kind, count in kinds.items()))
+    if answer["driver"] is None:
+        return Row(name="device", found=f"CPU ({cpu_model() or platform.machine()})")
+    why = f"torch is built for CUDA {answer['cuda']}" if answer["cuda"] else "torch is built without CUDA"
+    todo = "update the driver, or look at CUDA_VISIBLE_DEVICES" if answer["cuda"] else "install a CUDA build of torch"
+    found = f"CPU; an NVIDIA driver for CUDA {answer['driver']} is here, but {why} and sees no GPU"
+    return Row(name="device", found=found, verdict="limited", todo=todo)
+
+
+def _distributed(answer: Facts) -> Row:
+    found = ", ".join(name for name in ("gloo", "nccl") if answer[name]) or "none"
+    if not answer["gloo"] or (answer["devices"] and not answer["nccl"]):
+        return Row(name="backends", found=found, verdict="wrong", todo="install a torch with gloo, and NCCL for GPUs")
+    return Row(name="backends", found=found)
+
+
+def _rendezvous() -> Row:
+    try:
+        with socket.create_server(("localhost", 0)) as server:
+            socket.create_connection(server.getsockname()[:2], timeout=5).close()
+    except OSError as error:
+        todo = "ranks meet on localhost: let it resolve to 127.0.0.1 (/etc/hosts) and the loopback interface be up"
+        return Row(name="rendezvous", found=f"localhost can't be bound: {error}", verdict="wrong", todo=todo)
+    return Row(name="rendezvous", found="localhost binds and answers")
+
+
+def _megatron(facts: Facts, te: Row) -> Row:
+    wanted = "megatron-core==0.16.1" if sys.version_info < (3, 12) else "megatron-core>=0.19,<0.20"
+    todo = f"pip install '{wanted}'"
+    row = _package("megatron-core", facts["megatron"], todo)
+    if row.verdict == "wrong":
+        if facts["megatron"] is not None and te.verdict == "wrong":
+            return dataclasses.replace(row, todo="see Transformer Engine, whose import fails inside it")
+        return row
+    right = row.found == "0.16.1" if sys.version_info < (3, 12) else row.found.startswith("0.19.")
+    if not right:
+        return dataclasses.replace(row, verdict="limited", todo=f"not tested on this Python: {todo}")
+    return row
+
+
+def _transformer_engine(facts: Facts) -> Row:
+    name, answer = "Transformer Engine", facts["transformer_engine"]
+    parts = [part for part in _TE_PARTS if _version(part)]
+    remove = f"pip uninstall {' '.join(parts)}" if parts else "take its folder off PYTHONPATH"
+    if answer is None and not parts:
+        if _fp8_devices(facts):
+            return Row(name=name, found="absent", verdict="limited", todo="fp8 needs it; fp32 and bf16 do not")
+        return Row(name=name, found="absent (nothing here needs it)")
+    if answer is not None and "error" not in answer:
+        return Row(name=name, found=f"{answer['version'] or _version('transformer-engine') or 'here'}, imports")
+    answer = answer or {"error": "ModuleNotFoundError", "text": "its Python files are gone", "guarded": True}
+    empty = "empty transformer-engine meta package" in answer["text"] or "transformer_engine_torch" in answer["text"]
+    state = "stub: the meta package without its compiled part" if empty else "half-installed"
+    found = f"{state} ({answer['error']}: {answer['text']})"
+    if answer.get("guarded"):
+        return Row(name=name, found=found, verdict="limited", todo=f"of no use as it is: {remove}")
+    return Row(name=name, found=found, verdict="wrong", todo=f"it breaks every import of megatron.core: {remove}")
+
+
+def _fp8_devices(facts: Facts) -> list[str]:
+    devices = (facts["torch"] or {}).get("devices", [])
+    return [device["name"] for device in devices if tuple(device["capability"]) >= (8, 9)]
+
+
+def _fp8(facts: Facts) -> Row:
+    able = _fp8_devices(facts)
+    if able:
+        return Row(name="FP8 hardware", found=f"{len(able)} x sm_89 or newer")
+    return Row(name="FP8 hardware", found="none (sm_89 has it)", verdict="limited", todo="train in bf16 or fp32")
+
+
+def _apex() -> Row:
+    kind, where = find_apex()
+    if kind == "foreign":
+        found = f"{_version('apex') or 'no version'} at {where}: another project, taken for NVIDIA's by Megatron-core"
+        return Row(name="apex", found=found, verdict="wrong", todo=apex_remedy(where))
+    return Row(name="apex", found="NVIDIA's" if kind == "nvidia" else "absent (nothing here needs it)")
+
+
+def _triton(facts: Facts) -> Row:
+    # megatron-core imports it, with or without a GPU.
+    row = _package("triton", facts["triton"], "pip install 'triton>=3.6,<3.10'")
+    if row.verdict == "wrong":
+        return row
+    if (facts["torch"] or {}).get("devices"):
+        return dataclasses.replace(row, found=f"{row.found}, compiles for the GPU")
+    found = f"{row.found}, interpreter only: fused kernels run as their torch references"
+    return dataclasses.replace(row, found=found, verdict="limited")
+
+
+def _dali(facts: Facts) -> Row:
+    row = _package("DALI", facts["dali"], "pip install 'nvidia-dali-cuda130==2.4.0'")
+    torch = facts["torch"] or {}
+    if row.verdict == "wrong":
+        return row
+    if not torch.get("devices"):
+        return dataclasses.replace(row, found=f"{row.found}, decodes on the CPU")
+    if _version("nvidia-dali-cuda130") and (torch["driver"] or 0) < 13:
+        found = f"{row.found}, decodes on the CPU: it is built for CUDA 13, the driver is for {torch['driver']}"
+        return dataclasses.replace(row, found=found, verdict="limited", todo="update the driver to 580 or newer")
+    return dataclasses.replace(row, found=f"{row.found}, decodes on the CPU and the GPU")
+
+
+def _mlflow() -> Row:
+    version = _version("mlflow") or _version("mlflow-skinny")
+    if version is None or not _there("mlflow"):
+        todo = "metrics go to metrics.jsonl alone: pip install 'mlflow-skinny==3.17.2' sqlalchemy alembic psutil"
+        return Row(name="MLflow", found="absent", verdict="limited", todo=todo)
+    missing = [module for module in ("sqlalchemy", "alembic", "psutil") if not _there(module)]
+    if missing:
+        found = f"{version} without {', '.join(missing)}: no sqlite store, or no system metrics"
+        return Row(name="MLflow", found=found, verdict="limited", todo=f"pip install {' '.join(missing)}")
+    return Row(name="MLflow", found=f"{version}, sqlite store and system metrics")
+
+
+def _icons(facts: Facts) -> list[Row]:
+    todo = "mpdit data build icons draws with it: pip install 'resvg-py>=0.2'"
+    resvg = _package("resvg", facts["resvg_py"], todo, "limited")
+    if resvg.verdict == "wrong":
+        resvg = dataclasses.replace(resvg, verdict="limited")
+    if shutil.which("npm"):
+        return [resvg, Row(name="npm", found="on PATH")]
+    todo = "mpdit data build icons fetches with it: install Node.js, or build from a folder of your own"
+    return [resvg, Row(name="npm", found="not on PATH", verdict="limited", todo=todo)]
+
+
+def _threads(facts: Facts) -> Row:
+    mine, given = cores(), os.environ.get("OMP_NUM_THREADS")
+    threads = (facts["torch"] or {}).get("threads")
+    found = f"{mine} cores; OMP_NUM_THREADS {'is unset' if given is None else '= ' + given}"
+    if threads is None:
+        return Row(name="cores", found=found)
+    found += f", torch takes {threads} threads a process"
+    if threads > mine:
+        todo = f"more threads than cores slow every step: export OMP_NUM_THREADS={mine}"
+        return Row(name="cores", found=found, verdict="limited", todo=todo)
+    return Row(name="cores", found=found, todo=f"with N ranks here: OMP_NUM_THREADS = {mine} / N" if mine > 1 else "")
+
+
+def _space() -> list[Row]:
+    total, free = memory(), shutil.disk_usage(Path.cwd()).free
+    disk = Row(name="disk", found=f"{free / _GIB:.1f} GiB free here")
+    if free < 5 * _GIB:
+        disk = dataclasses.replace(disk, verdict="limited", todo="make room for checkpoints and shards, or set run.dir")
+    if total is None:
+        return [disk]
+    ram = Row(name="memory", found=f"{total / _GIB:.1f} GiB")
+    if total < 4 * _GIB:
+        ram = dataclasses.replace(ram, verdict="limited", todo="enough for the smallest presets only")
+    return [ram, disk]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def diagnose(facts: Facts) -> list[Row]:
+    """The table's rows out of what :func:`examine` found. A check that fails itself becomes a row, not a traceback."""
+    te = _isolated("Transformer Engine", lambda: [_transformer_engine(facts)])
+    checks: list[tuple[str, Callable[[], list[Row]]]] = [
+        ("Python", lambda: [Row(name="Python", found=platform.python_version())]),
+        ("torch", lambda: _torch(facts)),
+        ("rendezvous", lambda: [_rendezvous()]),
+        ("megatron-core", lambda: [_megatron(facts, te[0])]),
+        ("Transformer Engine", lambda: te),
+        ("FP8 hardware", lambda: [_fp8(facts)]),
+        ("apex", lambda: [_apex()]),
+        ("Triton", lambda: [_triton(facts)]),
+        ("DALI", lambda: [_dali(facts)]),
+        ("MLflow", lambda: [_mlflow()]),
+        ("packages", lambda: _packages(facts)),
+        ("icons", lambda: _icons(facts)),
+        ("cores", lambda: [_threads(facts)]),
+        ("space", _space),
+    ]
+    return [row for name, check in checks for row in _isolated(name, check)]
+
+
+def _isolated(name: str, check: Callable[[], list[Row]]) -> list[Row]:
+    try:
+        return check()
+    except Exception as error:
+        return [Row(name=name, found=f"can't be told: {type(error).__name__}: {error}", verdict="limited")]
+
+
+def verdict(rows: list[Row], facts: Facts) -> str:
+    """The closing sentence: what training can run on, or what is in its way."""
+    wrong = ", ".join(row.name for row in rows if row.verdict == "wrong")
+    if wrong:
+        return f"this machine cannot train yet; in the way: {wrong}."
+    devices = facts["torch"]["devices"]
+    te = facts["transformer_engine"]
+    bf16 = all(tuple(device["capability"]) >= (8, 0) for device in devices)
+    fp8 = te is not None and "error" not in te and len(_fp8_devices(facts)) == len(devices) > 0 and _has_fp8()
+    names = ", ".join(sorted({device["name"] for device in devices}))
+    where = f"{len(devices)} x {names} (CUDA)" if devices else "CPU"
+    precision = "fp32, bf16 and fp8" if fp8 else "fp32 and bf16" if bf16 else "fp32"
+    return f"this machine can train: {where}, {precision}."
+
+
+def _has_fp8() -> bool:
+    from mpdit.config import Parallel
+
+    return "fp8" in typing.get_args(typing.get_type_hints(Parallel)["precision"])
+
+
+def _print(rows: list[Row]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        for row in rows:
+            print(f"{row.verdict:<8} {row.name}: {row.found}{' -> ' + row.todo if row.todo else ''}")
+        return
+    table = Table("", "found", "verdict", "what to do")
+    style = {"ok": "green", "limited": "yellow", "wrong": "bold red"}
+    for row in rows:
+        table.add_row(row.name, Text(row.found), Text(row.verdict, style[row.verdict]), Text(row.todo))
+    console = Console()
+    # Without a terminal rich assumes 80 columns and breaks every command to copy in two.
+    Console(width=console.width if console.is_terminal else 160).print(table)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 when training can run, 1 when something is in its way."""
+    parser = argparse.ArgumentParser(prog="mpdit doctor", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", action="store_true", help="the rows and the verdict as JSON")
+    arguments = parser.parse_args(argv)
+    facts = examine()
+    rows = diagnose(facts)
+    can_train = all(row.verdict != "wrong" for row in rows)
+    if arguments.json:
+        found = [dataclasses.asdict(row) for row in rows]
+        print(json.dumps({"can_train": can_train, "verdict": verdict(rows, facts), "rows": found}, indent=1))
+    else:
+        _print(rows)
+        print(verdict(rows, facts))
+    return 0 if can_train else 1

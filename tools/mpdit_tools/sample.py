@@ -1,0 +1,120 @@
+"""``mpdit sample RUN --prompts FILE``: pictures for prompts out of a run's checkpoint, in any layout."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mpdit import config as configs
+from mpdit.config import Config
+from mpdit.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """Draw pictures for prompts out of a run's checkpoint: one PNG a prompt, and a labelled grid."""
+
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN"), tyro.conf.Positional]
+    """The run folder."""
+    prompts: Path
+    """A text file (UTF-8) with a prompt a line."""
+    out: Path | None = None
+    """Where pictures go; RUN/samples/step_N-NAME by default."""
+    checkpoint: Path | None = None
+    """A folder RUN/checkpoints/step_N; the newest complete one by default."""
+    steps: int | None = None
+    """Euler steps; the run's sample.steps by default."""
+    guidance: float | None = None
+    """Classifier-free guidance scale, 1 is off; the run's sample.guidance by default."""
+    seed: int | None = None
+    """Of the noise; the run's sample.seed by default."""
+    ema: bool = True
+    """Draw with the averaged weights; --no-ema for the raw ones."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="section.key=value")] = ()
+    """Layout to draw in, under torchrun, for example --set parallel.tp=2 parallel.pp=2. The default is one process."""
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 when the pictures are written. Raises InputError for a bad run, checkpoint or prompts file."""
+    arguments = tyro.cli(Arguments, args=argv, prog="mpdit sample")
+    prompts = read_prompts(arguments.prompts)
+    config = sample_config(arguments)
+
+    from mpdit.train.main import use_cores
+
+    use_cores()
+    from mpdit.parallel import accel
+
+    accel.enter()
+    from mpdit.parallel import groups
+    from mpdit.train import checkpoint, preflight
+
+    config = preflight.check(config, groups.world_size())
+    path = arguments.checkpoint or checkpoint.newest(
+        arguments.run, lambda text: print(f"mpdit: {text}", file=sys.stderr)
+    )
+    if path is None:
+        raise InputError(f"{arguments.run}: has no checkpoint yet; train with train.save_every, or to the end.")
+    if arguments.checkpoint:
+        checkpoint.verify(path)
+    at = checkpoint.position(path, config)
+    groups.start(config.parallel, config.train.seed)
+    try:
+        out = arguments.out or arguments.run / "samples" / f"{path.name}-{arguments.prompts.stem}"
+        draw_to(config, path, prompts, out, ema=arguments.ema)
+        if groups.rank() == 0:
+            print(f"{len(prompts)} pictures of step {at.step} in {out}, all of them in {out / 'grid.png'}")
+    finally:
+        groups.stop()
+    return 0
+
+
+def sample_config(arguments: Arguments) -> Config:
+    """The run's config in one process, or in the layout that --set says, with the command's sampling options."""
+    path = arguments.run / "config.yaml"
+    if not path.is_file():
+        raise InputError(
+            f"{arguments.run}: is no run folder, it has no config.yaml; give the run.dir of a training run."
+        )
+    tree = configs.to_dict(configs.load(path))
+    tree["parallel"] = {"precision": tree["parallel"]["precision"]}
+    options = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}
+    tree["sample"].update({key: value for key, value in options.items() if value is not None})
+    for override in arguments.overrides:
+        configs.override(tree, override)
+    return configs.from_dict(tree, str(path))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a prompts file that are not blank. Raises InputError if it is empty, missing or not UTF-8."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 (byte {error.start}); save the prompts as UTF-8 text.") from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: can't be read ({error.strerror}); it should be a text file, a prompt a line."
+        ) from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise InputError(f"{path}: holds no prompt; write one a line.")
+    return prompts
+
+
+def draw_to(config: Config, checkpoint_path: Path, prompts: list[str], out: Path, *, ema: bool) -> None:
+    """Load the weights, draw, and write ``NNN-words.png`` for each prompt and ``grid.png``; collective."""
+    from mpdit.parallel import groups
+    from mpdit.sample import grid
+    from mpdit.train import checkpoint, session
+
+    network = session.build_network(config)
+    checkpoint.load_weights(network, checkpoint_path, ema=ema)
+    images = session.draw(network, config, prompts, session.open_tokenizer(config))
+    if groups.rank() == 0:
+        for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+            grid.save(grid.to_image(image), out / f"{number:03d}-{words}.png")
+        grid.save(grid.grid(images, prompts), out / "grid.png")
