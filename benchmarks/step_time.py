@@ -3,11 +3,13 @@
     python benchmarks/step_time.py                                    # four shapes, two threads, eager, fused AdamW
     python benchmarks/step_time.py --compile --shapes 256/64+16/8     # width / image + text tokens / batch
     python benchmarks/step_time.py --optimizer foreach --json step_time.json
+    OMP_WAIT_POLICY=passive python benchmarks/step_time.py --clock cpu     # on a machine that others use
 
 A step is forward, loss, backward and AdamW in fp32. Contenders get the same images, timesteps, threads, optimizer
 implementation and compile setting, and take turns round by round, so that what else the machine does hits all of them
 alike; the ratio is taken within each round. `GEMM` is the machine's own rate for these layers' matrix products alone,
 timed in the same rounds: a contender's share of it is how near the step comes to being nothing but its products.
+`--clock cpu` counts this process' CPU seconds: waiting for a core does not show, and waiting threads must not spin.
 
 What is not alike: diffusers takes text states where the others look up a token table. Its text projection reads
 TEXT_STATES numbers a token, as many as the others' table has rows, so the parameters differ by one bias.
@@ -39,6 +41,7 @@ from reference import plain_mmdit as plain  # the repository's tests folder is n
 HEAD_DIM, PATCH, CHANNELS, TEXT_STATES = 64, 2, 4, 64
 SHAPES = ("256/64+16/8", "512/64+32/4", "256/256+64/16", "512/256+64/4")
 BASELINE = "diffusers"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +94,7 @@ class Contender:
 
     loss: Callable[[], Tensor]  # one forward pass on the case's data, () in fp32
     parameters: list[Tensor] | list[dict[str, Any]]
+    step: Callable[[], None] | None = None  # the contender's own training step; None: loss, backward, torch's AdamW
 
 
 # ---- the contenders -------------------------------------------------------------------------------------------------
@@ -142,9 +146,48 @@ def plain_pytorch(case: Case) -> Contender:
     return Contender(loss=lambda: plain.loss_of(weights, shape, batch), parameters=list(weights.values()))
 
 
+def mpdit_one_process(case: Case) -> Contender:
+    """What `mpdit train` runs in one process: Megatron's schedule, gradient buffers and optimizer, muP groups."""
+    from mpdit import config as configs
+    from mpdit.models.layers import Inputs, patchify
+    from mpdit.parallel import accel, groups
+    from mpdit.train import batches, session
+
+    accel.enter()
+    if not torch.distributed.is_initialized():
+        groups.start(configs.Parallel(), seed=0)
+    side = case.side * PATCH
+    config = configs.from_dict(
+        {
+            "model": {
+                **{"width": case.width, "depth": case.depth, "head_dim": HEAD_DIM, "patch": PATCH, "image_size": side},
+                **{"channels": CHANNELS, "text_tokens": case.text_tokens, "vocab_size": TEXT_STATES},
+            },
+            "mup": {"base_width": case.width // 2, "adaln_init": "hidden", "readout_init": "base"},
+            "optim": {"lr": 1e-4, "weight_decay": 0.01, "clip": 0.0},
+        }
+    )
+    run, data = session.build(config), case.data()
+    batch = batches.FlowBatch(
+        size=case.batch,
+        inputs=Inputs(image_BCHW=data.noisy_BCYX(), time_B=data.t_B, text_BL=data.ids_BL),
+        target_SBP=patchify(data.target_BCYX(), PATCH),
+    )
+    (stage,) = run.network.chunks
+
+    def step() -> None:
+        run.forward_backward([batch])
+        run.update()
+
+    return Contender(
+        loss=lambda: batches.loss(stage(batch.inputs), batch), parameters=list(stage.parameters()), step=step
+    )
+
+
 CONTENDERS: dict[str, Callable[[Case], Contender]] = {
     BASELINE: diffusers_sd3,
     "plain": plain_pytorch,
+    "mpdit": mpdit_one_process,
 }
 
 
@@ -164,6 +207,8 @@ def count_flops(loss: Callable[[], Tensor]) -> int:
 
 
 def stepper(contender: Contender, *, optimizer: str, compiled: bool) -> Callable[[], None]:
+    if contender.step is not None:
+        return contender.step
     adamw = torch.optim.AdamW(contender.parameters, lr=1e-4, weight_decay=0.01, **{optimizer: True})
     loss = torch.compile(contender.loss) if compiled else contender.loss
 
@@ -195,14 +240,16 @@ class Gemms:
             torch.mm(y.T, x, out=dw)
 
 
-def in_turns(tasks: dict[str, Callable[[], None]], *, rounds: int, warmup: int) -> dict[str, list[float]]:
+def in_turns(
+    tasks: dict[str, Callable[[], None]], *, rounds: int, warmup: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of each task in each round, A B C A B C …; the warm-up rounds are thrown away."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(warmup + rounds):
         for name, task in tasks.items():
-            start = time.perf_counter()
+            start = clock()
             task()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: times[warmup:] for name, times in seconds.items()}
 
 
@@ -214,7 +261,7 @@ def measure(case: Case, names: Iterable[str], args: argparse.Namespace) -> list[
     tasks: dict[str, Callable[[], None]] = {
         name: stepper(c, optimizer=args.optimizer, compiled=args.compile) for name, c in contenders.items()
     }
-    seconds = in_turns(tasks | {"GEMM": gemms}, rounds=args.rounds, warmup=args.warmup)
+    seconds = in_turns(tasks | {"GEMM": gemms}, rounds=args.rounds, warmup=args.warmup, clock=CLOCKS[args.clock])
     gemm_rate = gemms.flops / statistics.median(seconds["GEMM"])
     rows: list[dict[str, Any]] = [{"contender": "GEMM", "flops": gemms.flops, "flops_per_s": gemm_rate}]
     for name, contender in contenders.items():
@@ -224,6 +271,7 @@ def measure(case: Case, names: Iterable[str], args: argparse.Namespace) -> list[
             "parameters": count_parameters(contender.parameters),
             "flops": flops[name],
             "step_s": median,
+            "rounds_s": seconds[name],
             "flops_per_s": rate,
             "share_of_gemm": rate / gemm_rate,
         }
@@ -265,12 +313,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--optimizer", choices=("fused", "foreach"), default="fused", help="AdamW, for all contenders")
     parser.add_argument("--compile", action="store_true", help="torch.compile every contender's loss (default: eager)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if "mpdit" in args.contenders and (args.compile or args.optimizer != "fused"):
+        args.contenders.remove("mpdit")
+        print("mpdit left out: its training step is eager with the fused AdamW")
     cases = [Case.parse(text, args.depth) for text in args.shapes]
     torch.set_num_threads(args.threads)
     setting = {
@@ -280,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
         "optimizer": f"AdamW {args.optimizer}",
         "compiled": args.compile,
         "rounds": args.rounds,
+        "clock": args.clock,
+        "load": round(os.getloadavg()[0], 1),
     }
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
     results = []

@@ -29,19 +29,6 @@ _GRID_PROMPTS = 16  # validation captions drawn when sample.prompts is empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
-    """What a finished run has to say. Losses are of rectified flow, rates over this start's steps."""
-
-    run_dir: Path
-    steps: int
-    first_loss: float
-    last_loss: float
-    val_loss: float
-    images_per_s: float
-    samples: Path | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sets:
     """The data of a run, opened and checked."""
 
@@ -73,29 +60,31 @@ def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]
             f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, "
             "or give another run.dir."
         )
-    if at.step >= config.train.steps:
-        raise InputError(
-            f"{path}: the run has its {at.step} steps already; raise train.steps above {at.step} to go on, or give "
-            "another run.dir."
-        )
     return path, at.step
 
 
-def train(config: Config) -> Summary:
-    """Train to ``train.steps``, from the newest checkpoint if the run folder has one. Collective; groups are up."""
+def train(config: Config) -> None:
+    """Train to ``train.steps``, from the newest checkpoint if the run folder has one. Collective; groups are up.
+
+    A run that has its steps is left as it is: a job that is started once too often does no harm.
+    """
     sets = Sets.open(config)
     first = groups.rank() == 0
     found = groups.from_rank_0(_outcome(lambda: find_start(config, sets, _warn)) if first else None)
     if isinstance(found, InputError):
         raise found
     path, start = found
+    if start >= config.train.steps:
+        if first:
+            _warn(f"{path}: the run has its {config.train.steps} steps; raise train.steps to go on.")
+        return
     run = session.build(config)
     if path is not None:
         checkpoint.load(run, path, start)
     with _Recorder(config, run, start) as recorder:
         if path is not None:
             recorder.report.say(f"going on from {path} at step {start}")
-        return _Run(config, sets, run, recorder).from_step(start)
+        _Run(config, sets, run, recorder).from_step(start)
 
 
 def _outcome(call: Any) -> Any:
@@ -160,43 +149,30 @@ class _Run:
         self.config, self.sets, self.run, self.recorder = config, sets, run, recorder
         self._val: list[batches.FlowBatch] | None = None
         self._ema_due = False
-        self._last_grid: Path | None = None
 
-    def from_step(self, start: int) -> Summary:
-        config, losses = self.config, []
-        feed = batches.TrainFeed(config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
-        began, val_loss = time.monotonic(), float("nan")
+    def from_step(self, start: int) -> None:
+        train = self.config.train
+        feed = batches.TrainFeed(self.config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
         try:
-            for step in range(start, config.train.steps):
-                losses.append(self._step(step, feed))
-                done = step + 1
+            for step in range(start, train.steps):
+                row, done = self._step(step, feed), step + 1
                 with self._looking(done) as looking:
-                    if looking and self._due(done, config.train.val_every):
-                        val_loss = self._validate()
-                    if looking and self._due(done, config.train.sample_every):
+                    if looking and self._due(done, train.val_every):
+                        row["val_loss"] = self._validate()
+                    if looking and self._due(done, train.sample_every):
                         self._draw(done)
-                self._record(step, losses[-1], val_loss if self._due(done, config.train.val_every) else None)
-                if self._due(done, config.train.save_every):
+                self._record(row)
+                if self._due(done, train.save_every):
                     self._save(done)
         finally:
             feed.close()
-        seconds = time.monotonic() - began
-        return Summary(
-            run_dir=Path(config.run.dir),
-            steps=config.train.steps,
-            first_loss=losses[0],
-            last_loss=sum(losses[-20:]) / len(losses[-20:]),
-            val_loss=val_loss,
-            images_per_s=len(losses) * config.train.batch_size / seconds,
-            samples=self._last_grid,
-        )
 
     def _due(self, done: int, every: int) -> bool:
         """Every so many steps, and at the end."""
         return done == self.config.train.steps or (every > 0 and done % every == 0)
 
-    def _step(self, step: int, feed: batches.TrainFeed) -> float:
-        """One optimizer step; its loss. Timing and norm wait in self._row for :meth:`_record`."""
+    def _step(self, step: int, feed: batches.TrainFeed) -> dict[str, Any]:
+        """One optimizer step; its line for metrics.jsonl."""
         began = time.monotonic()
         micro_batches = feed.next()
         data_s = time.monotonic() - began
@@ -207,7 +183,7 @@ class _Run:
         self._ema_due = True
         step_s = time.monotonic() - began
         batch = self.config.train.batch_size
-        self._row = {
+        return {
             "step": step,
             "loss": loss,
             "lr": lr,
@@ -220,7 +196,6 @@ class _Run:
             "data_s": round(data_s, 6),
             "images_per_s": round(batch / step_s, 2),
         }
-        return loss
 
     def _average(self) -> None:
         if self._ema_due:
@@ -256,17 +231,15 @@ class _Run:
         ]
         images = session.draw(self.run.network, config, prompts, self.sets.tokenizer)
         if self.recorder.first:
-            self._last_grid = grid.save(
-                grid.grid(images, prompts), self.recorder.dir / "samples" / f"step_{done:07d}.png"
-            )
-            self.recorder.picture(self._last_grid)
+            path = self.recorder.dir / "samples" / f"step_{done:07d}.png"
+            self.recorder.picture(grid.save(grid.grid(images, prompts), path))
 
-    def _record(self, step: int, loss: float, val_loss: float | None) -> None:
-        row = self._row if val_loss is None else {**self._row, "val_loss": val_loss}
+    def _record(self, row: dict[str, Any]) -> None:
+        done = row["step"] + 1
         self.recorder.log(row)
-        self.recorder.report.step(step + 1, loss, row["images_per_s"])
-        if val_loss is not None:
-            self.recorder.report.say(f"step {step + 1}  validation loss on unseen concepts {val_loss:.4f}")
+        self.recorder.report.step(done, row["loss"], row["images_per_s"])
+        if "val_loss" in row:
+            self.recorder.report.say(f"step {done}  validation loss on unseen concepts {row['val_loss']:.4f}")
 
     def _save(self, done: int) -> None:
         if self.recorder.metrics:

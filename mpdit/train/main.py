@@ -30,14 +30,14 @@ def main(argv: list[str]) -> int:
 
     accel.enter()
     from mpdit.parallel import groups
-    from mpdit.train import loop, preflight
+    from mpdit.train import loop, preflight, summary
 
     config = preflight.check(config, groups.world_size())
     groups.start(config.parallel, config.train.seed)
     try:
-        summary = loop.train(config)
+        loop.train(config)
         if groups.rank() == 0:
-            print(closing(summary), flush=True)
+            print(summary.of_run(config), flush=True)
     finally:
         groups.stop()
     return 0
@@ -51,19 +51,6 @@ def use_cores() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS") if ranks == 1 else None
     torch.set_num_threads(int(asked) if asked and asked.isdecimal() else max(1, cores // ranks))
-
-
-def closing(summary: "loop.Summary") -> str:  # type: ignore[name-defined]  # noqa: F821
-    """The lines that end a run."""
-    lines = [
-        f"loss {summary.first_loss:.4f} -> {summary.last_loss:.4f} (mean of the last 20 steps)",
-        f"validation loss on unseen concepts {summary.val_loss:.4f}",
-        f"{summary.images_per_s:.1f} images/s",
-        f"pictures       {summary.samples}",
-        f"MLflow store   {summary.run_dir.parent / 'mlflow.db'}",
-        f"run folder     {summary.run_dir}",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

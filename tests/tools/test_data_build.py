@@ -136,9 +136,9 @@ def nasty_folder(folder: Path) -> dict[str, str]:
     """Files that cannot be used, with the reason to expect."""
     png = picture(1000, size=(40, 40))
     jpeg = picture(1001, size=(64, 64), format="JPEG")
-    huge = Image.new("1", (30_000, 30_000))
-    bomb = io.BytesIO()
-    huge.save(bomb, "PNG")
+    bomb, large = io.BytesIO(), io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    Image.new("1", (8_001, 8_000)).save(large, "PNG")
     bad = {
         "empty.png": (b"", "empty file"),
         "text.png": (b"<html>404</html>", "not an image"),
@@ -146,6 +146,7 @@ def nasty_folder(folder: Path) -> dict[str, str]:
         "cut.png": (png[: len(png) // 2], "truncated or damaged"),
         "header.png": (png[:20], "truncated or damaged"),
         "bomb.png": (bomb.getvalue(), "too many pixels"),
+        "large.png": (large.getvalue(), "too many pixels"),
         "small.png": (picture(1002, size=(40, 7)), "too small"),
         "wide.tiff": (picture(1003, format="TIFF", mode="F"), "pixels wider than 16 bits"),
         "vector.svg": (b"<svg/>", "not an image"),
@@ -346,7 +347,7 @@ def test_alpha_is_flattened_and_exif_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: blue comes to the right
     data = io.BytesIO()
-    lying.save(data, "PNG", exif=exif)
+    lying.save(data, "PNG", exif=exif, icc_profile=b"of a camera")
     png, width, height = square(data.getvalue(), size=16, min_side=1)
     assert (width, height) == (40, 60)
     image = Image.open(io.BytesIO(png))

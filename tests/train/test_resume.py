@@ -24,9 +24,9 @@ def train(rank: int, world: int, config: Config) -> float:
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    summary = loop.train(config)
+    loop.train(config)
     groups.stop()
-    return summary.val_loss
+    return [row["val_loss"] for row in metrics(Path(config.run.dir)) if "val_loss" in row][-1]
 
 
 def run_config(data: Path, folder: Path, parallel: dict[str, Any], **sections: Any) -> Config:
@@ -136,7 +136,6 @@ def test_another_model_or_data_is_refused(tiny_set: Path, tmp_path: Path) -> Non
     for sections, word in (
         ({"model": {"width": 64}}, "model.width"),
         ({"train": {"seed": 4, "steps": 8}}, "train.seed"),
-        ({"train": {"steps": 4}, "optim": {"warmup_steps": 1}}, "train.steps"),
     ):
         with pytest.raises(ranks.RankFailed, match=f"InputError.*{word}"):
             ranks.run(1, train, config=run_config(tiny_set, tmp_path, {}, **sections))

@@ -208,9 +208,14 @@ def test_sqlite_store_and_resume(run_dir, monkeypatch, tmp_path_factory):
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_status_of_a_run_that_ends_early(run_dir, error, status):
-    with pytest.raises(error), Tracker(run_dir) as tracker:
-        wait_for(lambda: tracker.run_id)
-        raise error
+    def train_until_error(tracker):
+        with tracker:
+            wait_for(lambda: tracker.run_id)
+            raise error
+
+    tracker = Tracker(run_dir)
+    with pytest.raises(error):
+        train_until_error(tracker)
     assert store(run_dir).get_run(tracker.run_id).info.status == status
 
 

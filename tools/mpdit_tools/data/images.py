@@ -42,8 +42,8 @@ def square(data: bytes, *, size: int, min_side: int) -> tuple[bytes, int, int]:
     """A picture file of any format as a square PNG of ``size`` pixels, and the original's width and height.
 
     Turned as EXIF says, cut to a square about the centre, flattened on white, resized. Of an animation the first frame
-    is taken. Raises Unusable for whatever is not a picture, is damaged, has more than `PIXELS` pixels, or is shorter
-    than ``min_side`` on one side.
+    is taken; colour profiles are left out of account. Raises Unusable for whatever is not a picture, is damaged, has
+    more than `PIXELS` pixels, or is shorter than ``min_side`` on one side.
     """
     if not data:
         raise Unusable("empty file")

@@ -130,5 +130,5 @@ def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 def build_hash(arguments: Mapping[str, Any], sources: list[str]) -> str:
     """What identifies a build: the format, the arguments that matter and the hashes of the inputs."""
-    text = json.dumps([FORMAT, dict(arguments), sources], sort_keys=True, ensure_ascii=False)
+    text = json.dumps([FORMAT, dict(arguments), sorted(sources)], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

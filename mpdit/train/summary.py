@@ -1,0 +1,30 @@
+"""What a finished run has to say, out of its own run folder."""
+
+import statistics
+from pathlib import Path
+
+from mpdit.config import Config
+from mpdit.train.tracking import read_metrics, redact_uri
+
+_LAST_STEPS = 20  # the last loss is a mean: single steps are noisy
+
+
+def of_run(config: Config) -> str:
+    """The closing lines: losses, speed, and where pictures, tracking and run folder lie."""
+    folder = Path(config.run.dir)
+    rows = read_metrics(folder / "metrics.jsonl")
+    last = statistics.mean(row["loss"] for row in rows[-_LAST_STEPS:])
+    validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    images_per_s = config.train.batch_size * len(rows) / sum(row["step_s"] for row in rows)
+    pictures = sorted((folder / "samples").glob("step_*.png"))
+    store = redact_uri(config.run.mlflow_uri) if config.run.mlflow_uri else folder.parent / "mlflow.db"
+    lines = {
+        "loss": f"{rows[0]['loss']:.4f} -> {last:.4f} (mean of the last {min(_LAST_STEPS, len(rows))} steps)",
+        "validation": f"{validated[-1]:.4f} on unseen concepts" if validated else "none",
+        "speed": f"{images_per_s:.1f} images/s",
+        "pictures": str(pictures[-1] if pictures else "none"),
+        "MLflow store": str(store),
+        "run folder": str(folder),
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
