@@ -16,7 +16,6 @@ from mpdit.config import Config
 from mpdit.errors import InputError
 from mpdit.presets import PRESETS
 
-
 # PyYAML itself turns this one control character into a space.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85"), max_size=20)
 
@@ -221,7 +220,9 @@ def test_an_override_is_read_as_yaml(assignment: str, section: str, key: str, va
 
 
 def test_overrides_reach_deep_keys_and_the_last_one_wins(tmp_path: Path) -> None:
-    config = configs.load(write(tmp_path, "mup:\n"), ["mup.lr_mult.table=2", "mup.lr_mult.input=3", "mup.lr_mult.table=4"])
+    config = configs.load(
+        write(tmp_path, "mup:\n"), ["mup.lr_mult.table=2", "mup.lr_mult.input=3", "mup.lr_mult.table=4"]
+    )
     assert config.mup.lr_mult == configs.LrMult(table=4.0, input=3.0)
 
 

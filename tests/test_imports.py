@@ -1,4 +1,4 @@
-"""The arrows between the rooms point one way, and only the parallel room knows Megatron (contracts in pyproject.toml)."""
+"""Imports between the rooms point one way, and only the parallel room knows Megatron (contracts: pyproject.toml)."""
 
 import subprocess
 import sys

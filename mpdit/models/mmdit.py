@@ -6,7 +6,6 @@ head_dim, P = patch * patch * channels. One process or a thousand: the layers kn
 """
 
 import torch
-from mpdit_kernels.modulate import gated_residual, layer_norm_modulate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from mpdit.parallel import tokens
 from mpdit.parallel.attention import attend
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import ColumnLinear, HeadNorm, Modulation, Readout, ReplicatedLinear, RowLinear, Table
+from mpdit_kernels.modulate import gated_residual, layer_norm_modulate
 
 
 class Embed(nn.Module):

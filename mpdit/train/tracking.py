@@ -169,7 +169,7 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-_RETRY_AFTER = (2.0, 10.0, 30.0)  # seconds; a locked sqlite file or a server's restart is over by then
+_RETRY_AFTER = (2.0, 10.0, 30.0)  # seconds; a server's restart is over by then
 _PAUSE = 0.5  # seconds between deliveries at least: many steps in one call, and little of the interpreter's lock
 
 
@@ -366,11 +366,10 @@ class Tracker:
         if kept.exists():
             try:
                 run = client.get_run(kept.read_text(encoding="utf-8").strip())
-                if run.info.lifecycle_stage == "active":
-                    client.update_run(run.info.run_id, status="RUNNING")
-                    return run
+                client.update_run(run.info.run_id, status="RUNNING")
+                return run
             except MlflowException as error:
-                # Another store, or one that was emptied: a new run there. A store that is down says neither.
+                # Another store, or the run was deleted: a new one there. A store that is down says neither.
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
         run = client.create_run(self._experiment_id(client), run_name=self._run_dir.name, tags=self._tags)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.make_shards import caption, make_shards, pixels, png
 from PIL import Image
 
+from data.make_shards import caption, make_shards, pixels, png
 from mpdit.data.decode import Loader, MicroBatch, decode
 from mpdit.data.plan import Plan
 from mpdit.data.shards import Shards

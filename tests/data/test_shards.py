@@ -7,8 +7,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from data.make_shards import caption, edit_manifest, entry, make_shards, pixels, png
 
+from data.make_shards import caption, edit_manifest, entry, make_shards, pixels, png
 from mpdit.data.shards import Shards
 from mpdit.errors import InputError
 

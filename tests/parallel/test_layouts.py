@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
 import ranks
 import tiny
-import torch
-from reference import plain_mmdit as plain
-
 from mpdit.config import Config
+from reference import plain_mmdit as plain
 
 STEPS = 20
 LOSS_BOUND = 1e-5  # relative, fp32

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from reference.plain_mmdit import (
     PAD,
     AdamW,
@@ -24,7 +26,6 @@ from reference.plain_mmdit import (
     train,
     unpatchify,
 )
-from torch import Tensor
 
 SHAPE = Shape(width=48, depth=3, head_dim=12, patch=2, channels=3, vocab=23)
 GRID = (6, 4)  # not square, so that rows and columns cannot be exchanged unseen

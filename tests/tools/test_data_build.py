@@ -3,21 +3,16 @@
 import io
 import json
 import os
-import resource
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from data_sets import build, dropped, manifest, picture, samples, tree, write_folder, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mpdit_tools.data.captions import clean_caption, is_outside
-from mpdit_tools.data.images import Unusable, square
-from mpdit_tools.data.tokenizer import train_tokenizer
 from PIL import Image
+
+from mpdit_tools.data.images import square
+from mpdit_tools.data.tokenizer import train_tokenizer
 
 
 def test_every_picture_comes_out_with_its_caption(tmp_path):
@@ -224,6 +219,7 @@ def test_too_many_dropped_is_an_error_that_tells_the_reasons(tmp_path, capsys):
     [
         (["missing"], "no such folder"),
         (["empty"], "no files"),
+        (["notes"], "no pictures"),
         (["mine", "--size", "4"], "--size"),
         (["mine", "--val", "0"], "--val"),
         (["mine", "--vocab-size", "100"], "--vocab-size"),
@@ -239,6 +235,8 @@ def test_bad_input_gets_a_sentence(tmp_path, monkeypatch, capsys, arguments, tol
     for number in range(2):
         (tmp_path / "same" / f"00{number}.txt").write_text("one caption")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "data.json").write_text("{}")
     (tmp_path / "file").write_text("")
     before = tree(tmp_path)
     extra = [] if "--out" in arguments else ["--out", "out"]
@@ -336,67 +334,6 @@ def test_captions_and_pictures_out_of_tars(tmp_path):
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_alpha_is_flattened_and_exif_applied():
-    red_under_alpha = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
-    data = io.BytesIO()
-    red_under_alpha.save(data, "PNG")
-    png, _, _ = square(data.getvalue(), size=16, min_side=1)
-    assert Image.open(io.BytesIO(png)).getextrema() == ((255, 255),) * 3
-    lying = Image.new("RGB", (60, 40), "white")
-    lying.paste((0, 0, 255), (0, 0, 60, 20))  # blue above, white below
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: blue comes to the right
-    data = io.BytesIO()
-    lying.save(data, "PNG", exif=exif, icc_profile=b"of a camera")
-    png, width, height = square(data.getvalue(), size=16, min_side=1)
-    assert (width, height) == (40, 60)
-    image = Image.open(io.BytesIO(png))
-    assert image.getpixel((15, 8)) == (0, 0, 255)
-    assert image.getpixel((0, 8)) == (255, 255, 255)
-    assert not image.info
-
-
-def test_sixteen_bit_grey_is_scaled_not_clipped():
-    data = io.BytesIO()
-    Image.new("I;16", (20, 20), 32_896).save(data, "PNG")
-    png, _, _ = square(data.getvalue(), size=16, min_side=1)
-    assert Image.open(io.BytesIO(png)).getextrema() == ((128, 128),) * 3
-
-
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
-@settings(max_examples=40, deadline=None)
-@given(edits=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=8), cut=st.integers(0, 5000))
-def test_damaged_pictures_are_unusable_or_used_never_an_error(format, edits, cut):
-    data = bytearray(picture(7, format=format))
-    for where, value in edits:
-        data[where % len(data)] = value
-    try:
-        png, _, _ = square(bytes(data[: max(cut, 1)]), size=16, min_side=1)
-    except Unusable:
-        return
-    assert Image.open(io.BytesIO(png)).size == (16, 16)
-
-
-@given(st.text())
-def test_clean_captions_are_one_printable_line(text):
-    try:
-        caption = clean_caption(text.encode(errors="surrogatepass"))
-    except Unusable:
-        return
-    assert caption == " ".join(caption.split()) != ""
-    assert clean_caption(caption.encode()) == caption
-
-
-@pytest.mark.parametrize("name", ["/a", "../a", "a/../../b", "a/..", "C:/a", "..\\a", "", "//a"])
-def test_names_that_point_outside(name):
-    assert is_outside(name)
-
-
-@pytest.mark.parametrize("name", ["a", "a/b.c", "./a", "a..b", "..a/b"])
-def test_names_that_stay_inside(name):
-    assert not is_outside(name)
-
-
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(captions=st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=25), val=st.floats(0.01, 0.9))
 def test_no_caption_is_in_both_splits(tmp_path_factory, captions, val):
@@ -414,114 +351,3 @@ def test_no_caption_is_in_both_splits(tmp_path_factory, captions, val):
     assert val_samples
     for key in ("txt", "png"):
         assert not {sample[key] for sample in train} & {sample[key] for sample in val_samples}
-
-
-# -- interruption: a build in a process of its own, slow enough to be stopped in the middle ---------------------------
-
-
-def slow_folder(folder: Path) -> Path:
-    """Sixty captions of one picture that takes a good part of a second to decode."""
-    folder.mkdir()
-    image = Image.new("L", (6000, 6000))
-    image.save(folder / "large.png", compress_level=1)
-    image.resize((100, 100)).save(folder / "small.png")
-    lines = [json.dumps({"file": "large.png", "text": f"large {number}"}) for number in range(60)]
-    lines.insert(0, json.dumps({"file": "small.png", "text": "small"}))
-    (folder / "captions.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def start_build(source: Path, out: Path, *, workers: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mpdit", "data", "build", "folder", source, "--out", out, "--size", "16"]
-    command += ["--workers", workers]
-    process = subprocess.Popen(
-        [str(word) for word in command], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    wait_for(lambda: next(out.parent.glob(f"{out.name}.partial-*/spool.bin"), None))
-    time.sleep(0.7)  # until the workers, when there are any, have something to do
-    return process
-
-
-def wait_for(found, seconds=30):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if (value := found()) is not None:
-            return value
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
-
-
-def group_members(group: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[2]) == group and fields[0] != "Z":
-                found.append(int(entry.name))
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for left-over processes in /proc")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_build_leaves_no_output_and_the_next_one_starts_clean(tmp_path, workers):
-    out = tmp_path / "out"
-    process = start_build(slow_folder(tmp_path / "slow"), out, workers=workers)
-    try:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        wait_for(lambda: None if group_members(process.pid) else True, seconds=10)
-    finally:
-        for left in group_members(process.pid):
-            os.kill(left, signal.SIGKILL)
-        process.stderr.close()
-    assert not out.exists()
-    (stale,) = tmp_path.glob("out.partial-*")
-    assert (stale / "spool.bin").is_file()
-    source = write_folder(tmp_path / "mine", 6)
-    assert build("folder", source, "--out", out) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "slow"]
-    assert build("folder", source, "--out", tmp_path / "clean") == 0
-    assert tree(out) == tree(tmp_path / "clean")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_leaves_nothing_behind(tmp_path, workers):
-    out = tmp_path / "out"
-    process = start_build(slow_folder(tmp_path / "slow"), out, workers=workers)
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "interrupted" in error
-    assert "Traceback" not in error
-    assert [path.name for path in tmp_path.iterdir()] == ["slow"]
-
-
-def test_two_builds_at_once_do_not_meet(tmp_path, capsys):
-    out = tmp_path / "out"
-    process = start_build(slow_folder(tmp_path / "slow"), out, workers=1)
-    try:
-        assert build("folder", write_folder(tmp_path / "mine", 6), "--out", out) == 2
-        assert "another build" in capsys.readouterr().err
-        assert list(tmp_path.glob("out.partial-*/spool.bin"))
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_full_disk_is_told_in_a_sentence(tmp_path):
-    source, out = write_folder(tmp_path / "mine", 40), tmp_path / "out"
-    command = [sys.executable, "-m", "mpdit", "data", "build", "folder", source, "--out", out, "--size", "64"]
-    command += ["--min-side", "1", "--workers", "1"]
-    done = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
-    )
-    assert done.returncode == 2
-    assert "make room" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

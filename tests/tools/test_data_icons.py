@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 from data_sets import build, manifest, samples, tree
+from PIL import Image
+
+from mpdit.errors import InputError
 from mpdit_tools.data import icons as icons_module
 from mpdit_tools.data import npm
 from mpdit_tools.data.build import Options
 from mpdit_tools.data.build import build as build_source
 from mpdit_tools.data.icons import CATALOGUE, Catalogue, Icons, Style
 from mpdit_tools.data.npm import Package, fetch
-from PIL import Image
-
-from mpdit.errors import InputError
 
 COLOURS = {"red": "#f00", "green": "#0f0", "blue": "#00f"}
 TONES = ("light", "dark")
@@ -242,6 +242,11 @@ def test_limit_takes_the_first_of_the_shuffle(tmp_path, run):
     assert len(six) == 6
     assert six < ten
     assert other != six
+
+
+def test_a_limit_of_nothing_is_refused(tmp_path, run, capsys):
+    assert run(tmp_path / "out", "--limit", 0) == 2
+    assert "--limit 0" in capsys.readouterr().err
 
 
 def test_an_unknown_style_gets_a_suggestion(tmp_path, run, capsys):

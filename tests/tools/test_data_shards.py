@@ -8,11 +8,11 @@ import tarfile
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from mpdit.errors import InputError
 from mpdit_tools.data.shards import ShardWriter, build_hash
 from mpdit_tools.data.split import split_concepts
 from mpdit_tools.data.tokenizer import train_tokenizer
-
-from mpdit.errors import InputError
 
 SAMPLES = st.lists(
     st.tuples(st.binary(max_size=1500), st.text(max_size=300), st.dictionaries(st.text(max_size=5), st.integers())),

@@ -9,10 +9,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from mpdit_tools import doctor
 
 from mpdit.errors import InputError
 from mpdit.parallel.apex import find_apex, refuse_foreign_apex
+from mpdit_tools import doctor
 
 ROOT = Path(__file__).parents[2]
 DRIVERLESS = {"cuda": None, "driver": None, "devices": []}

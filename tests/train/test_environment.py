@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +103,7 @@ def test_commit_of_the_checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a hook of another repository
     assert checkout() == {"commit": head, "dirty": True}
     # An installed copy in an environment inside somebody's repository is not that repository's commit.
+    (root / "lib" / "mpdit").mkdir(parents=True)
     monkeypatch.setattr(mpdit, "__file__", str(root / "lib" / "mpdit" / "__init__.py"))
     assert checkout() == nothing
 
@@ -129,4 +131,7 @@ def test_a_cpu_that_stands_in_for_cuda_is_no_gpu(monkeypatch):
         pytest.skip("this torch is built for CUDA")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="", total_memory=0, major=9, minor=0)
+    )
     assert environment()["cuda"] is None

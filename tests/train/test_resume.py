@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import ranks
 import tiny
-
 from mpdit.config import Config
 from mpdit.errors import InputError
 

@@ -231,19 +231,36 @@ def test_a_store_that_forgot_the_run_gets_a_new_one(run_dir):
     assert (run_dir / "mlflow_run_id").read_text().strip() == second.run_id
 
 
-def test_a_locked_store_is_waited_for(run_dir):
-    path = run_dir.parent / "mlflow.db"
-    tracker = Tracker(run_dir, uri=f"sqlite:///{path}?timeout=0.1", retry_after=[0.1] * 100)
+def rename_table(run_dir, old, new):
+    with sqlite3.connect(run_dir.parent / "mlflow.db", timeout=60) as database:
+        database.execute(f"ALTER TABLE {old} RENAME TO {new}")
+    database.close()
+
+
+def test_a_store_that_comes_back_gets_everything(run_dir):
+    tracker = Tracker(run_dir, retry_after=[0.1] * 600)
     wait_for(lambda: tracker.run_id)
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN EXCLUSIVE")
+    rename_table(run_dir, "metrics", "gone")
     tracker.log(row(0))
     time.sleep(1.5)
-    other.execute("ROLLBACK")
-    other.close()
+    rename_table(run_dir, "gone", "metrics")
     wait_for(lambda: store(run_dir).get_metric_history(tracker.run_id, "loss"))
     tracker.close()
     assert tracker.lost == 0
+
+
+def test_a_store_that_breaks_halfway_turns_it_off(run_dir):
+    warnings = []
+    tracker = Tracker(run_dir, retry_after=[0.1], warn=warnings.append)
+    wait_for(lambda: tracker.run_id)
+    rename_table(run_dir, "metrics", "gone")
+    for step in range(5):
+        tracker.log(row(step))
+    wait_for(lambda: warnings)
+    tracker.log(row(5))
+    tracker.close("FAILED")
+    assert "no such table" in warnings[0]
+    assert (len(warnings), tracker.lost) == (1, 6)
 
 
 # ---- MLflow, when it doesn't -----------------------------------------------------------------------------------------

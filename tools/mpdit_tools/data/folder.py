@@ -80,6 +80,8 @@ class Folder:
 
     def jobs(self) -> list[Job]:
         jobs = list(self._jobs())
+        if not jobs:
+            raise InputError(f"{self.name}: the folder holds no pictures (.png, .jpg and such) and no .tar files.")
         random.Random(self._seed).shuffle(jobs)
         return jobs
 

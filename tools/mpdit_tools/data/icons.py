@@ -153,6 +153,8 @@ class Icons:
         cache: Path,
         catalogue: Catalogue,
     ) -> None:
+        if limit is not None and limit < 1:
+            raise InputError(f"--limit {limit}: out of range; 1 or more would be right.")
         self.size, self._match, self._limit, self._seed = size, match, limit, seed
         self._cache, self._catalogue = cache, catalogue
         self._styles = _choose(catalogue, styles)
