@@ -22,8 +22,9 @@ from mpdit.train import batches, checkpoint, session
 from mpdit.train.checkpoint import Position
 from mpdit.train.console import Reporter
 from mpdit.train.environment import environment
+from mpdit.train.metrics import Metrics
 from mpdit.train.session import Session
-from mpdit.train.tracking import Metrics, Tracker, redact_uri
+from mpdit.train.tracking import Tracker, redact_uri
 
 _GRID_PROMPTS = 16  # validation captions drawn when sample.prompts is empty
 

@@ -169,3 +169,12 @@ def test_the_readout_has_the_tables_multiplier(name: str, from_layout: Any) -> N
     found = [multiplier for result in from_layout(name) for multiplier in result["readouts"]]
     assert found
     assert set(found) == {0.75}  # 1.5 / 2
+
+
+@pytest.mark.dist
+def test_vectors_are_decayed_by_the_optimizer_when_asked(tiny_set: Path) -> None:
+    """Megatron by itself leaves biases and gains out; with sp, every parameter has the same rule."""
+    config = tiny.config(tiny_set, mup={"wd_vector": True, "parametrization": "sp"})
+    result = ranks.run(1, one_step, timeout_s=60, config=config)[0]
+    assert {held[2:] for held in result["held"].values()} == {(1e-6, 0.1)}
+    assert result["held"].keys() == result["weights"].keys()

@@ -12,7 +12,7 @@ import pytest
 
 from mpdit.errors import InputError
 from mpdit.parallel.apex import find_apex, refuse_foreign_apex
-from mpdit_tools import doctor
+from mpdit_tools import doctor, probes
 
 ROOT = Path(__file__).parents[2]
 DRIVERLESS = {"cuda": None, "driver": None, "devices": []}
@@ -175,14 +175,14 @@ def test_a_check_that_fails_is_a_row(real):
     ],
 )
 def test_probe_survives(code, error):
-    answer = doctor.probe(code, timeout=1.5 if error == "Timeout" else 60)
+    answer = probes.probe(code, timeout=1.5 if error == "Timeout" else 60)
     assert answer["error"] == error
     assert "\n" not in answer["text"]
     assert answer.get("guarded", False) == (error == "ModuleNotFoundError")
 
 
 def test_probe_reads_past_what_a_package_prints():
-    assert doctor.probe("print('Failed to load .so', end='')\nanswer = {'version': '1'}") == {"version": "1"}
+    assert probes.probe("print('Failed to load .so', end='')\nanswer = {'version': '1'}") == {"version": "1"}
 
 
 def test_apex_of_nvidia_is_told_without_running_it(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpdit.train.tracking import Metrics, Tracker, flatten, read_metrics, redact_uri
+from mpdit.train.metrics import Metrics, read_metrics
+from mpdit.train.tracking import Tracker, flatten, redact_uri
 
 SECRET = "open-sesame"
 
@@ -128,7 +129,7 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
 
 def test_a_killed_process_has_every_line(tmp_path):
     code = (
-        "import os, sys; from mpdit.train.tracking import Metrics\n"
+        "import os, sys; from mpdit.train.metrics import Metrics\n"
         "metrics = Metrics(sys.argv[1])\n"
         "for step in range(5): metrics.log({'step': step})\n"
         "os.kill(os.getpid(), 9)"

@@ -14,31 +14,19 @@ import platform
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import typing
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mpdit.parallel.apex import apex_remedy, find_apex
 from mpdit.train.environment import cores, cpu_model, memory
+from mpdit_tools.probes import PLAIN, Facts, examine, installed
 
 Verdict = Literal["ok", "limited", "wrong"]
-Facts = dict[str, Any]
 
 _GIB = 2**30
-_TIMEOUT = 180.0  # seconds a probe may take: a cold network disk is slow, not wrong
-# The rest of what training imports, by module; pip's words for it, as in pyproject.toml.
-_PLAIN = {
-    "numpy": "numpy>=2.0",
-    "sentencepiece": "sentencepiece>=0.2.0,<0.3",
-    "safetensors": "safetensors>=0.5",
-    "yaml": "PyYAML>=6.0",
-    "PIL": "pillow>=11",
-    "rich": "rich>=13.7",
-}
 _TE_PARTS = ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13")
 
 
@@ -50,105 +38,6 @@ class Row:
     found: str
     verdict: Verdict = "ok"
     todo: str = ""
-
-
-# ---- probes: each runs in its own python and leaves a dict in `answer` -----------------------------------------------
-
-_RUN = """
-import json, sys
-scope = {}
-try:
-    exec(sys.argv[1], scope)
-    answer = scope["answer"]
-except BaseException as error:
-    answer = {"error": type(error).__name__, "text": " ".join(str(error).split())[:300],
-              "guarded": isinstance(error, ImportError)}
-print("\\n" + json.dumps(answer))
-"""
-
-_TORCH = """
-import ctypes, torch
-import torch.distributed as dist
-try:
-    version = ctypes.c_int(0)
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    driver = version.value // 1000
-except OSError:
-    driver = None
-seen = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-devices = [torch.cuda.get_device_properties(i) for i in seen]
-answer = {
-    "version": torch.__version__, "cuda": torch.version.cuda, "driver": driver, "threads": torch.get_num_threads(),
-    "devices": [{"name": d.name, "memory": d.total_memory, "capability": [d.major, d.minor]} for d in devices],
-    "gloo": dist.is_available() and dist.is_gloo_available(),
-    "nccl": dist.is_available() and dist.is_nccl_available(),
-}
-"""
-
-_MEGATRON = """
-import importlib
-for part in ("parallel_state", "tensor_parallel", "pipeline_parallel.schedules", "distributed", "optimizer",
-             "dist_checkpointing"):
-    importlib.import_module("megatron.core." + part)
-answer = {"version": importlib.import_module("megatron.core").__version__}
-"""
-
-_TRANSFORMER_ENGINE = """
-import torch, importlib
-answer = {"version": getattr(importlib.import_module("transformer_engine"), "__version__", "")}
-importlib.import_module("transformer_engine.pytorch")
-"""
-
-_DALI = """
-import nvidia.dali, nvidia.dali.fn
-answer = {"version": nvidia.dali.__version__}
-"""
-
-_MODULE = """
-import importlib
-answer = {{"version": getattr(importlib.import_module({0!r}), "__version__", "")}}
-"""
-
-
-def probe(code: str, timeout: float = _TIMEOUT) -> Facts:
-    """What `code` leaves in `answer`; if it fails, crashes or takes too long: "error" and "text", and "guarded" when it
-    is an ImportError, which those who import the package optionally catch."""
-    # -P and the parent's own path: the same packages as here, and not what lies in the current directory by chance.
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-P", "-W", "ignore", "-c", _RUN, code]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables)
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except subprocess.TimeoutExpired:
-        return {"error": "Timeout", "text": f"no answer within {timeout:g} s"}
-    except (ValueError, IndexError):
-        return {"error": "Crash", "text": f"python ended with exit code {done.returncode} at import"}
-    except OSError as error:
-        return {"error": type(error).__name__, "text": str(error)}
-
-
-def examine() -> Facts:
-    """Run every probe; the answers by name. A package that is not there at all answers None."""
-    codes = {
-        "megatron": ("megatron.core", _MEGATRON),
-        "torch": ("torch", _TORCH),
-        "transformer_engine": ("transformer_engine", _TRANSFORMER_ENGINE),
-        "dali": ("nvidia.dali", _DALI),
-        "triton": ("triton", _MODULE.format("triton")),
-        "resvg_py": ("resvg_py", _MODULE.format("resvg_py")),
-    }
-    codes |= {module: (module, _MODULE.format(module)) for module in _PLAIN}
-    with ThreadPoolExecutor(max(2, min(4, cores()))) as pool:
-        answers = {name: pool.submit(probe, code) for name, (module, code) in codes.items() if _there(module)}
-        return {name: answers[name].result() if name in answers else None for name in codes}
-
-
-def _there(module: str) -> bool:
-    """Whether `module`, of which only namespace packages may be parents, can be found; nothing of it is run."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -163,7 +52,7 @@ def _package(name: str, answer: Facts | None, todo: str, missing: Verdict = "wro
 
 
 def _packages(facts: Facts) -> list[Row]:
-    return [_package(pip.partition(">")[0], facts[module], f"pip install '{pip}'") for module, pip in _PLAIN.items()]
+    return [_package(pip.partition(">")[0], facts[module], f"pip install '{pip}'") for module, pip in PLAIN.items()]
 
 
 def _torch(facts: Facts) -> list[Row]:
@@ -290,10 +179,10 @@ def _dali(facts: Facts) -> Row:
 
 def _mlflow() -> Row:
     version = _version("mlflow") or _version("mlflow-skinny")
-    if version is None or not _there("mlflow"):
+    if version is None or not installed("mlflow"):
         todo = "metrics go to metrics.jsonl alone: pip install 'mlflow-skinny==3.17.2' sqlalchemy alembic psutil"
         return Row(name="MLflow", found="absent", verdict="limited", todo=todo)
-    missing = [module for module in ("sqlalchemy", "alembic", "psutil") if not _there(module)]
+    missing = [module for module in ("sqlalchemy", "alembic", "psutil") if not installed(module)]
     if missing:
         found = f"{version} without {', '.join(missing)}: no sqlite store, or no system metrics"
         return Row(name="MLflow", found=found, verdict="limited", todo=f"pip install {' '.join(missing)}")
