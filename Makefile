@@ -31,7 +31,7 @@ demo: $(STAMP)
 	$(BIN)/mpdit doctor
 	$(BIN)/mpdit data build icons --out data/icons_demo --size 32 --val 0.15 \
 		--match "subgroup:hearts,subgroup:shapes-colors,subgroup:smiling,subgroup:cat-faces"
-	$(BIN)/torchrun --nproc-per-node 4 -m mpdit train examples/icons_mmdit/config.yaml parallel.tp=2 parallel.pp=2
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m mpdit train examples/icons_mmdit/config.yaml parallel.tp=2 parallel.pp=2
 	$(BIN)/mpdit sample runs/demo --prompts examples/icons_mmdit/prompts.txt
 
 # The same tests on the next megatron-core, in an environment of its own. It asks for Python 3.12 and runs on 3.11.

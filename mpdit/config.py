@@ -176,7 +176,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read as a config: {error}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: should hold sections such as 'model:' and 'train:', but is a {type(tree).__name__}.")
@@ -193,7 +193,7 @@ def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
     model = tree.get("model")
     if isinstance(model, dict) and model.get("preset") is not None:
         name = model["preset"]
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise InputError(f"{source}: model.preset is {name!r}{_suggest(str(name), PRESETS)}.")
         tree = {**tree, "model": {**PRESETS[name], **model}}
     return _build(Config, tree, "", source)
@@ -225,7 +225,7 @@ def override(tree: dict[str, Any], assignment: str) -> None:
             raise InputError(f"{assignment!r}: {section} is a value, not a section.")
     try:
         tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{assignment!r}: the value is not YAML.") from error
 
 

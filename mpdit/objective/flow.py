@@ -34,8 +34,8 @@ def times(objective: Objective, seed: int, sample_ids: np.ndarray, visits: np.nd
 
 def noised(images_BCHW: Tensor, objective: Objective, seed: int, sample_ids: np.ndarray, visits: np.ndarray) -> Noised:
     """Training pairs for images in [-1, 1]; noise and time are functions of (seed, sample id, visit) alone."""
-    noise_BCHW = draws.noise(seed, sample_ids, visits, tuple(images_BCHW.shape[1:]))
-    time_B = times(objective, seed, sample_ids, visits)
+    noise_BCHW = draws.noise(seed, sample_ids, visits, tuple(images_BCHW.shape[1:])).to(images_BCHW.device)
+    time_B = times(objective, seed, sample_ids, visits).to(images_BCHW.device)
     t = time_B[:, None, None, None]
     return Noised(
         noisy_BCHW=(1 - t) * images_BCHW + t * noise_BCHW, target_BCHW=noise_BCHW - images_BCHW, time_B=time_B

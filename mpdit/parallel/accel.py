@@ -65,8 +65,9 @@ def enter() -> None:
     refuse_foreign_apex()
     # Megatron overlaps gradient reductions with GEMMs by launch order, which one hardware queue keeps.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # megatron-core's own business: its default for CUDA graphs, and a name that newer torch has for all_gather.
+    # megatron-core's own business: its default for CUDA graphs, and functions that newer torch has renamed.
     warnings.filterwarnings(action="ignore", message="full scope is deprecated", category=UserWarning)
+    warnings.filterwarnings(action="ignore", message=".*_state_dict` is deprecated and will", category=FutureWarning)
     warnings.filterwarnings(
         action="ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning
     )

@@ -56,17 +56,16 @@ def flow_batch(
     drop_captions: bool,
 ) -> FlowBatch:
     """Noise images and drop captions, as (seed, sample id, visit) says."""
-    seed = config.train.seed
-    pair = flow.noised(images_BCHW.cpu(), config.objective, seed, sample_ids, visits)
+    seed, device = config.train.seed, accel.device()
+    pair = flow.noised(images_BCHW.to(device), config.objective, seed, sample_ids, visits)
     if drop_captions:
         dropped = draws.uniform(seed, "caption drop", sample_ids, visits) < config.data.caption_drop
         captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
     text_BL = torch.from_numpy(tokenizer.encode(captions, config.model.text_tokens))
-    device = accel.device()
     return FlowBatch(
         size=len(sample_ids),
-        inputs=Inputs(image_BCHW=pair.noisy_BCHW.to(device), time_B=pair.time_B.to(device), text_BL=text_BL.to(device)),
-        target_SBP=tokens.own_context(patchify(pair.target_BCHW, config.model.patch)).to(device),
+        inputs=Inputs(image_BCHW=pair.noisy_BCHW, time_B=pair.time_B, text_BL=text_BL.to(device)),
+        target_SBP=tokens.own_context(patchify(pair.target_BCHW, config.model.patch)),
         sample_key=sample_key(sample_ids, visits),
     )
 
@@ -89,6 +88,7 @@ class TrainFeed:
                 dp_size=groups.data_size(),
                 mirror=self._mirror if config.data.mirror else None,
                 workers=config.data.workers,
+                device=accel.device(),
                 start_step=start_step,
             )
 
@@ -139,7 +139,7 @@ def _fixed_batches(
             continue
         encoded, captions = zip(*(shards.read(int(i)) for i in ids[part]), strict=True)
         names = [shards.where(int(i)) for i in ids[part]]
-        images_BCHW = decode(encoded, side, side, channels=config.model.channels, names=names)
+        images_BCHW = decode(encoded, side, side, channels=config.model.channels, names=names, device=accel.device())
         visits = np.full(size, draws.VALIDATION_VISIT)
         batch = flow_batch(config, tokenizer, images_BCHW, captions, ids[part], visits, drop_captions=False)
         yield dataclasses.replace(batch, weight_B=torch.from_numpy(weight[part]).float().to(accel.device()))

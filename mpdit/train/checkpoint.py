@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit.config import Config, to_dict
+from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
 from mpdit.parallel import groups, optimizer, sharded
 from mpdit.train.session import Network, Session
@@ -25,10 +26,11 @@ _MANIFEST, _STATE = "manifest.json", "state.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """Where a run stands: optimizer steps done, and the plan that turns the step number into samples."""
+    """Where a run stands: optimizer steps done, the plan that turns the step into samples, the tokenizer's hash."""
 
     step: int
     plan_hash: str
+    tokenizer_sha256: str
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -169,7 +171,16 @@ def position(path: Path, config: Config) -> Position:
                 f"{path}: is of another model, with model.{key} {theirs.get(key)!r} where the config has "
                 f"{mine.get(key)!r}; set it back, or give another run.dir."
             )
-    return Position(step=state["step"], plan_hash=state["plan_hash"])
+    return Position(**{field.name: state[field.name] for field in dataclasses.fields(Position)})
+
+
+def same_tokenizer(path: Path, at: Position, tokenizer: Tokenizer) -> None:
+    """Raises InputError if the data set's tokenizer is not the one that the checkpoint's run was trained with."""
+    if tokenizer.sha256 != at.tokenizer_sha256:
+        raise InputError(
+            f"{path}: was trained with a sentencepiece model of SHA-256 {at.tokenizer_sha256[:16]}…, but that of "
+            f"data.path has {tokenizer.sha256[:16]}…; give the data set that the run was trained on."
+        )
 
 
 def load(session: Session, path: Path, step: int) -> None:

@@ -56,6 +56,7 @@ def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]
     if path is None:
         return None, 0
     at = checkpoint.position(path, config)
+    checkpoint.same_tokenizer(path, at, sets.tokenizer)
     if at.plan_hash != sets.plan.hash:
         raise InputError(
             f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, "
@@ -245,5 +246,6 @@ class _Run:
     def _save(self, done: int) -> None:
         if self.recorder.metrics:
             self.recorder.metrics.sync()
-        at = Position(step=done, plan_hash=self.sets.plan.hash)
+        sets = self.sets
+        at = Position(step=done, plan_hash=sets.plan.hash, tokenizer_sha256=sets.tokenizer.sha256)
         checkpoint.save(self.run, self.config, at, self.recorder.dir)

@@ -2,10 +2,13 @@
 
 import dataclasses
 import math
+import os
+from pathlib import Path
 
 from mpdit import models
 from mpdit.config import Config
 from mpdit.data.shards import Shards
+from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
 from mpdit.parallel import context, groups, stages
 
@@ -18,6 +21,7 @@ def check(config: Config, world: int) -> Config:
     """
     _ranges(config)
     _shapes(config)
+    _run_dir(Path(config.run.dir))
     data_ranks = groups.data_parallel_size(config.parallel, world)
     config = _micro_batch(config, data_ranks)
     stages.split(config)
@@ -26,6 +30,14 @@ def check(config: Config, world: int) -> Config:
     config = _vocabulary(config, shards)
     stages.local_tokens(config, models.parts(context.build(config)).streams())
     return config
+
+
+def _run_dir(folder: Path) -> None:
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise InputError(f"run.dir {folder}: {there} is a file; give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"run.dir {folder}: {there} can't be written to; give a folder that can.")
 
 
 def _ranges(config: Config) -> None:
@@ -121,7 +133,8 @@ def _micro_batch(config: Config, data_ranks: int) -> Config:
 def _vocabulary(config: Config, shards: Shards) -> Config:
     if shards.tokenizer is None:
         raise InputError(f"{config.data.path}/manifest.json names no tokenizer; build the data set again.")
-    found, wanted = shards.tokenizer.vocab_size, config.model.vocab_size
+    tokenizer = Tokenizer.open(shards.tokenizer.path, shards.tokenizer.sha256)
+    found, wanted = tokenizer.vocab_size, config.model.vocab_size
     if wanted not in (0, found):
         raise InputError(
             f"model.vocab_size is {wanted}, but the tokenizer of {config.data.path} has {found} pieces; leave it out."

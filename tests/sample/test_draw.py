@@ -34,15 +34,16 @@ def draw(rank: int, world: int, config: Config, tries: dict[str, tuple[list[str]
     pictures = {}
     for name, (prompts, changed) in tries.items():
         asked = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))
-        with torch.no_grad():
-            pictures[name] = session.draw(network, asked, prompts, tokenizer)
+        pictures[name] = session.draw(network, asked, prompts, tokenizer)
     groups.stop()
     return pictures
 
 
 def config(data: Path, parallel: dict[str, Any]) -> Config:
     """A readout small enough that pictures are not black and white."""
-    return tiny.config(data, parallel=parallel, mup={"output_mult": 0.3}, sample={"steps": 3, "guidance": 2.0, "seed": 4})
+    return tiny.config(
+        data, parallel=parallel, mup={"output_mult": 0.3}, sample={"steps": 3, "guidance": 2.0, "seed": 4}
+    )
 
 
 TRIES: dict[str, tuple[list[str], dict[str, Any]]] = {

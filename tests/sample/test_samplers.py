@@ -1,5 +1,6 @@
 """Euler's method and guidance against what can be worked out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -37,7 +38,7 @@ def test_euler_is_of_first_order() -> None:
         found = euler(lambda x, t: x, noise(), steps)
         torch.testing.assert_close(found, noise() * (1 - 1 / steps) ** steps, rtol=1e-12, atol=0)
         errors.append((found - noise() / math.e).abs().max().item())
-    ratios = [before / after for before, after in zip(errors, errors[1:], strict=False)]
+    ratios = [before / after for before, after in itertools.pairwise(errors)]
     assert ratios == pytest.approx([2.0] * 3, rel=0.03)
     assert errors[-1] < 0.01
 

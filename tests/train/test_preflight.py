@@ -294,17 +294,25 @@ def test_a_set_without_a_tokenizer_is_named(copy: Path) -> None:
     assert f"{manifest} names no tokenizer" in refusal(copy)
 
 
-def test_another_tokenizer_is_found_when_it_is_opened(copy: Path) -> None:
-    config = check(copy, 1)
-    from mpdit.train import session
-
-    assert session.open_tokenizer(config).vocab_size == config.model.vocab_size
+def test_another_tokenizer_is_named(copy: Path) -> None:
+    check(copy, 1)
     manifest = json.loads((copy / "manifest.json").read_text())
     model = copy / manifest["tokenizer"]["file"]
     model.write_bytes(model.read_bytes() + b"\0")
-    with pytest.raises(InputError, match="another hash") as caught:
-        session.open_tokenizer(check(copy, 1))
-    assert str(model) in str(caught.value)
+    said = refusal(copy)
+    assert str(model) in said
+    assert "another hash" in said
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_named(tiny_set: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "run"):
+        said = refusal(tiny_set, 1, f"run.dir={folder}")
+        assert f"run.dir {folder}" in said
+        assert f"{file} is a file" in said
+    check(tiny_set, 1, f"run.dir={tmp_path / 'new' / 'run'}")
+    assert sorted(tmp_path.iterdir()) == [file], "preflight makes nothing"
 
 
 # ---- on every rank, before anything is started -------------------------------------------------------------------

@@ -10,6 +10,7 @@ import tyro
 
 from mpdit import config as configs
 from mpdit.config import Config
+from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
 
     accel.enter()
     from mpdit.parallel import groups
-    from mpdit.train import checkpoint, preflight
+    from mpdit.train import checkpoint, preflight, session
 
     config = preflight.check(config, groups.world_size())
     path = arguments.checkpoint or checkpoint.newest(
@@ -61,10 +62,12 @@ def main(argv: list[str]) -> int:
     if arguments.checkpoint:
         checkpoint.verify(path)
     at = checkpoint.position(path, config)
+    tokenizer = session.open_tokenizer(config)
+    checkpoint.same_tokenizer(path, at, tokenizer)
     groups.start(config.parallel, config.train.seed)
     try:
         out = arguments.out or arguments.run / "samples" / f"{path.name}-{arguments.prompts.stem}"
-        draw_to(config, path, prompts, out, ema=arguments.ema)
+        draw_to(config, tokenizer, path, prompts, out, ema=arguments.ema)
         if groups.rank() == 0:
             print(f"{len(prompts)} pictures of step {at.step} in {out}, all of them in {out / 'grid.png'}")
     finally:
@@ -104,7 +107,9 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def draw_to(config: Config, checkpoint_path: Path, prompts: list[str], out: Path, *, ema: bool) -> None:
+def draw_to(
+    config: Config, tokenizer: Tokenizer, checkpoint_path: Path, prompts: list[str], out: Path, *, ema: bool
+) -> None:
     """Load the weights, draw, and write ``NNN-words.png`` for each prompt and ``grid.png``; collective."""
     from mpdit.parallel import groups
     from mpdit.sample import grid
@@ -112,7 +117,7 @@ def draw_to(config: Config, checkpoint_path: Path, prompts: list[str], out: Path
 
     network = session.build_network(config)
     checkpoint.load_weights(network, checkpoint_path, ema=ema)
-    images = session.draw(network, config, prompts, session.open_tokenizer(config))
+    images = session.draw(network, config, prompts, tokenizer)
     if groups.rank() == 0:
         for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
