@@ -1,6 +1,7 @@
 """Configs: what is read is what was written, and whatever can't be right is refused in one sentence with its key."""
 
 import dataclasses
+import json
 import types
 import typing
 from pathlib import Path
@@ -55,7 +56,9 @@ def refusal(tree: dict[str, Any]) -> str:
 @settings(max_examples=60, deadline=None)
 @given(config=strategy(Config))
 def test_any_config_survives_dicts_yaml_and_a_file(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
-    assert configs.from_dict(configs.to_dict(config)) == config
+    plain = configs.to_dict(config)
+    assert json.loads(json.dumps(plain)) == plain, "dicts and lists, as JSON and MLflow want them"
+    assert configs.from_dict(plain) == config
     assert configs.from_dict(yaml.safe_load(configs.dump(config))) == config
     assert configs.load(write(tmp_path_factory.getbasetemp(), configs.dump(config))) == config
 

@@ -1,4 +1,4 @@
-"""The commands as a person types them: torchrun and one process write the same losses; bad input ends with a sentence."""
+"""The commands as a person types them: torchrun and one process write the same losses; bad input gets a sentence."""
 
 import json
 import os
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
+
+import tiny
 
 OVERRIDES = ["train.steps=5", "optim.warmup_steps=1", "train.val_images=1"]
 
