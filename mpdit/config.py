@@ -6,6 +6,9 @@ of this model really gets is in the run folder's ``mup_table.json``.
 
 import dataclasses
 import difflib
+import inspect
+import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -209,6 +212,26 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def describe(config: Any = None, indent: str = "") -> str:
+    """The sections, keys and defaults as YAML, each with the comment that stands beside it in this file."""
+    config = Config() if config is None else config
+    source, hints = inspect.getsource(type(config)), typing.get_type_hints(type(config))
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            said = " ".join((type(value).__doc__ or "").split("\n\n")[0].split())
+            head = f"{indent}{field.name}:" + ("" if said.startswith(type(value).__name__) else f"  # {said}")
+            lines += [head, describe(value, indent + "  ")]
+        else:
+            text = f"{field.name}: {json.dumps(value)}"
+            comment = re.search(rf"^ +{field.name}: .*?  # (.*)$", source, re.MULTILINE)
+            choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is Literal else ()
+            said = "; ".join(filter(None, [" | ".join(choices), comment[1] if comment else ""]))
+            lines.append(f"{indent}{text:<31}{f'  # {said}' if said else ''}".rstrip())
+    return "\n".join(lines)
 
 
 def override(tree: dict[str, Any], assignment: str) -> None:

@@ -1,4 +1,8 @@
+import os
 from pathlib import Path
+
+# Ranks are forked from this process: an OpenMP pool in it would hang every child that wants threads of its own.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
@@ -16,4 +20,5 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     passed = len(terminalreporter.stats.get("passed", []))
-    terminalreporter.write_line(f"{passed} tests passed; {ranks.layouts_run} worlds of real ranks were started.")
+    layouts = len(ranks.layouts_run)
+    terminalreporter.write_line(f"{passed} tests passed, on {layouts} layouts of real ranks (precision counted in).")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-layouts_run = 0  # worlds started, for the closing line of the test session
+layouts_run: set[tuple[int, Any]] = set()  # (ranks, Parallel) of every run, for the session's closing line
 
 
 class RankFailed(AssertionError):
@@ -89,9 +89,9 @@ class World:
 
 def start(world: int, function: Callable[..., Any], timeout_s: float = 180, **arguments: Any) -> World:
     """`function(rank, world, **arguments)` in `world` forked processes that form a gloo world."""
-    global layouts_run
     warm()
-    layouts_run += 1
+    if "config" in arguments:
+        layouts_run.add((world, arguments["config"].parallel))
     folder = Path(tempfile.mkdtemp(prefix="ranks_"))
     sys.stdout.flush(), sys.stderr.flush()
     pids = {}

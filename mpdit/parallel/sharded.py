@@ -63,5 +63,5 @@ def refuse_code(path: Path) -> None:
         _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except InputError as error:
         raise InputError(f"{path}: {error}.") from None
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise InputError(f"{path}: is no checkpoint metadata ({error}); use another checkpoint.") from error

@@ -48,7 +48,14 @@ def _wrap(
             lines[-1] = joined
         else:
             lines.append(word)
-    return lines[:2]
+    return [_cut(pen, font, line, width) for line in lines[:2]]
+
+
+def _cut(pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, line: str, width: int) -> str:
+    """As much of a line as fits."""
+    while line and pen.textlength(line, font=font) > width:
+        line = line[:-1]
+    return line
 
 
 def save(image: Image.Image, path: Path) -> Path:

@@ -147,7 +147,9 @@ def verify(path: Path) -> None:
             raise InputError(f"{path / _MANIFEST}: names {name}, which lies outside the checkpoint; use another one.")
         if not file.is_file():
             raise InputError(f"{file}: is missing, so the checkpoint is incomplete; use another one.")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+            raise InputError(f"{path / _MANIFEST}: is damaged, it lacks a hash for {name}; use another checkpoint.")
+        if expected != {"bytes": file.stat().st_size, "sha256": _sha256(file)}:
             raise InputError(f"{file}: is damaged (its size or SHA-256 is not the manifest's); use another checkpoint.")
 
 

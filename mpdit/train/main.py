@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
 
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
-        print("\n".join(f"  {line}" for line in configs.dump(configs.Config()).splitlines()))
+        print(configs.describe())
         return 0 if argv else 2
     path = Path(argv[0])
     config = configs.load(path / "config.yaml" if path.is_dir() else path, argv[1:])

@@ -52,8 +52,8 @@ def test_the_programs_own_generators_neither_matter_nor_move() -> None:
 
 
 def test_seed_sample_and_visit_each_give_something_else() -> None:
-    """Also where their digits run together: (1, 23) is not (12, 3)."""
-    keys = [*itertools.product((0, 1, 12), (0, 3, 23, 123), (-1, 0, 1, 12))]
+    """Also where their digits run together: (1, 12) is not (11, 2)."""
+    keys = [*itertools.product((0, 1, 12), (0, 1, 11, 12), (-1, 0, 1, 2, 12))]
     found = [drawn(*key) for key in keys]
     assert len({value for _, value in found}) == len(keys)
     assert len({noise.numpy().tobytes() for noise, _ in found}) == len(keys)

@@ -56,8 +56,9 @@ OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "again": (PROMPTS, {}),
     "swapped": ([PROMPTS[1], PROMPTS[0], *PROMPTS[2:]], {}),
     "another seed": (PROMPTS, {"seed": 5}),
-    "guidance 2, empty prompts": (["", ""], {}),
-    "guidance 1, empty prompts": (["", ""], {"guidance": 1.0}),
+    "guidance 0": (PROMPTS, {"guidance": 0.0}),
+    "guidance 2, empty prompts": ([""] * 5, {}),
+    "guidance 1, empty prompts": ([""] * 5, {"guidance": 1.0}),
 }
 
 
@@ -114,6 +115,8 @@ def test_prompt_seed_and_guidance_are_seen_in_the_picture(one_process: dict[str,
 
 
 @pytest.mark.dist
-def test_guidance_without_a_prompt_has_nothing_to_go_away_from(one_process: dict[str, torch.Tensor]) -> None:
-    """The unconditional half is the empty caption, exactly what caption drop trained."""
-    assert differ(one_process["guidance 2, empty prompts"], one_process["guidance 1, empty prompts"]) < BOUND
+def test_guidance_goes_from_the_empty_caption_to_the_prompt(one_process: dict[str, torch.Tensor]) -> None:
+    """The unconditional half is the empty caption, exactly what caption drop trained; and it is not the other half."""
+    unconditional = one_process["guidance 1, empty prompts"]
+    assert differ(one_process["guidance 0"], unconditional) < BOUND
+    assert differ(one_process["guidance 2, empty prompts"], unconditional) < BOUND
