@@ -3,13 +3,16 @@
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mpdit import models
-from mpdit.config import Config
+from mpdit.config import Config, to_dict
 from mpdit.data.shards import Shards
 from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
+from mpdit.mup.roles import Group
 from mpdit.parallel import context, groups, stages
 
 
@@ -40,37 +43,50 @@ def _run_dir(folder: Path) -> None:
         raise InputError(f"run.dir {folder}: {there} can't be written to; give a folder that can.")
 
 
-def _ranges(config: Config) -> None:
-    def at_least(low: float, **values: float) -> None:
-        for key, value in values.items():
-            if not (value >= low and math.isfinite(value)):
-                raise InputError(f"{key.replace('__', '.')} is {value}, but should be a number of at least {low}.")
+# What numbers may be, by dotted key: the lowest and highest value, both allowed.
+_BOUNDS = {
+    **dict.fromkeys(
+        (
+            *("model.width", "model.depth", "model.head_dim", "model.mlp_ratio", "model.patch", "model.image_size"),
+            *("model.channels", "model.text_tokens", "mup.base_width", "mup.base_head_dim"),
+            *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp"),
+            *("train.steps", "train.batch_size", "train.log_every", "train.val_images", "sample.steps"),
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        (
+            *("parallel.micro_batch", "data.workers", "train.save_every", "train.val_every", "train.sample_every"),
+            *("train.keep_last", "model.vocab_size", "optim.warmup_steps", "optim.decay_steps"),
+            *("optim.lr", "optim.weight_decay", "optim.clip", "mup.output_mult", "objective.logit_std"),
+            *(f"mup.lr_mult.{group}" for group in Group),
+        ),
+        (0, math.inf),
+    ),
+    **dict.fromkeys(("data.caption_drop", "optim.final_lr_ratio", "train.ema_decay"), (0, 1)),
+    **dict.fromkeys(("optim.beta1", "optim.beta2"), (0, 1 - 1e-9)),
+    **dict.fromkeys(("train.seed", "sample.seed"), (0, 2**63 - 1)),
+    "optim.eps": (1e-38, math.inf),  # below fp32's range it would be none
+}
 
-    model, optim, parallel, train = config.model, config.optim, config.parallel, config.train
-    at_least(1, model__width=model.width, model__depth=model.depth, model__head_dim=model.head_dim)
-    at_least(1, model__patch=model.patch, model__image_size=model.image_size, model__channels=model.channels)
-    at_least(1, model__text_tokens=model.text_tokens, model__mlp_ratio=model.mlp_ratio)
-    at_least(
-        1, parallel__tp=parallel.tp, parallel__pp=parallel.pp, parallel__vpp=parallel.vpp, parallel__cp=parallel.cp
-    )
-    at_least(0, parallel__micro_batch=parallel.micro_batch, data__workers=config.data.workers)
-    at_least(1, train__steps=train.steps, train__batch_size=train.batch_size, mup__base_width=config.mup.base_width)
-    at_least(1, train__log_every=train.log_every, train__val_images=train.val_images, sample__steps=config.sample.steps)
-    at_least(0, train__seed=train.seed, train__save_every=train.save_every, train__val_every=train.val_every)
-    at_least(0, train__sample_every=train.sample_every, train__keep_last=train.keep_last)
-    at_least(
-        0, optim__lr=optim.lr, optim__weight_decay=optim.weight_decay, optim__eps=optim.eps, optim__clip=optim.clip
-    )
-    at_least(0, optim__warmup_steps=optim.warmup_steps, optim__decay_steps=optim.decay_steps)
-    for key, share in (
-        ("data.caption_drop", config.data.caption_drop),
-        ("optim.beta1", optim.beta1),
-        ("optim.beta2", optim.beta2),
-        ("optim.final_lr_ratio", optim.final_lr_ratio),
-        ("train.ema_decay", train.ema_decay),
-    ):
-        if not 0 <= share <= 1:
-            raise InputError(f"{key} is {share}, but should lie between 0 and 1.")
+
+def _numbers(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", value
+
+
+def _ranges(config: Config) -> None:
+    for key, value in _numbers(to_dict(config)):
+        low, high = _BOUNDS.get(key, (-math.inf, math.inf))
+        if not math.isfinite(value):
+            raise InputError(f"{key} is {value}, but should be a finite number.")
+        if not low <= value <= high:
+            wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise InputError(f"{key} is {value}, but should be {wanted}.")
+    optim, train = config.optim, config.train
     if optim.warmup_steps >= train.steps:
         raise InputError(f"optim.warmup_steps {optim.warmup_steps} should be less than train.steps {train.steps}.")
     if optim.schedule == "wsd" and not 0 < optim.decay_steps <= train.steps:
