@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         module, function = COMMANDS[argv[0]][0].split(":")
         return int(getattr(importlib.import_module(module), function)(argv[1:]) or 0)
     except (InputError, CheckFailed) as error:
-        # Every rank of a torchrun job sees the same bad input; one sentence is enough.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"mpdit: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or getattr(error, "any_rank", False):
+            print(f"mpdit: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -167,6 +167,17 @@ class Config:
     run: Run = Run()
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +187,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises InputError for an unreadable file, an unknown key (with the nearest known one) or a value of the wrong type.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        tree = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data() or {}
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read as a config: {error}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -288,7 +299,7 @@ def _convert(hint: Any, value: Any, key: str, source: str) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif hint in (int, bool, str) and type(value) is hint:
         return value

@@ -283,3 +283,8 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path: Path) -> None
         with pytest.raises(InputError, match="can't be read as a config") as caught:
             configs.load(path)
         assert str(path) in str(caught.value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'train' stands twice"):
+        configs.load(write(tmp_path, "train:\n  steps: 5\ntrain:\n  batch_size: 8\n"))

@@ -30,4 +30,4 @@ def noise(seed: int, sample_ids: np.ndarray, visits: np.ndarray, shape: tuple[in
 def uniform(seed: int, purpose: str, sample_ids: np.ndarray, visits: np.ndarray) -> np.ndarray:
     """Uniform in (0, 1), [B], fp64; `purpose` keeps drops, flips and times of one sample independent."""
     keys = [_key(seed, purpose, int(s), int(v)) for s, v in zip(sample_ids, visits, strict=True)]
-    return (np.array([k >> 11 for k in keys], dtype=np.float64) + 0.5) / 2.0**53
+    return np.minimum((np.array([k >> 11 for k in keys], dtype=np.float64) + 0.5) / 2.0**53, 1 - 2.0**-53)

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,10 +102,17 @@ def gather_over_stages(value: Any) -> list[Any]:
     return values
 
 
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's `value`, on every rank."""
-    box = [value]
+def decided_by_rank_0(decide: Callable[[], Any]) -> Any:
+    """What `decide()` returns on rank 0, on every rank; an InputError that it raises there is raised on all."""
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [decide()]
+        except InputError as error:
+            box = [error]
     dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], InputError):
+        raise box[0]
     return box[0]
 
 

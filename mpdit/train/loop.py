@@ -71,13 +71,9 @@ def train(config: Config) -> None:
     A run that has its steps is left as it is: a job that is started once too often does no harm.
     """
     sets = Sets.open(config)
-    first = groups.rank() == 0
-    found = groups.from_rank_0(_outcome(lambda: find_start(config, sets, _warn)) if first else None)
-    if isinstance(found, InputError):
-        raise found
-    path, start = found
+    path, start = groups.decided_by_rank_0(lambda: find_start(config, sets, _warn))
     if start >= config.train.steps:
-        if first:
+        if groups.rank() == 0:
             _warn(f"{path}: the run has its {config.train.steps} steps; raise train.steps to go on.")
         return
     run = session.build(config)
@@ -86,15 +82,11 @@ def train(config: Config) -> None:
     with _Recorder(config, run, start) as recorder:
         if path is not None:
             recorder.report.say(f"going on from {path} at step {start}")
-        _Run(config, sets, run, recorder).from_step(start)
-
-
-def _outcome(call: Any) -> Any:
-    """What rank 0 found, or the error it met: every rank has to hear of either."""
-    try:
-        return call()
-    except InputError as error:
-        return error
+        try:
+            _Run(config, sets, run, recorder).from_step(start)
+        except InputError as error:
+            error.any_rank = True
+            raise
 
 
 def _warn(text: str) -> None:

@@ -34,12 +34,10 @@ def main(argv: list[str]) -> int:
 
     config = preflight.check(config, groups.world_size())
     groups.start(config.parallel, config.train.seed)
-    try:
-        loop.train(config)
-        if groups.rank() == 0:
-            print(summary.of_run(config), flush=True)
-    finally:
-        groups.stop()
+    loop.train(config)
+    if groups.rank() == 0:
+        print(summary.of_run(config), flush=True)
+    groups.stop()  # not after an error: the other ranks may be anywhere, and leaving the groups would wait for them
     return 0
 
 

@@ -89,10 +89,10 @@ def _ranges(config: Config) -> None:
     optim, train = config.optim, config.train
     if optim.warmup_steps >= train.steps:
         raise InputError(f"optim.warmup_steps {optim.warmup_steps} should be less than train.steps {train.steps}.")
-    if optim.schedule == "wsd" and not 0 < optim.decay_steps <= train.steps:
+    if optim.schedule == "wsd" and not 0 < optim.decay_steps <= train.steps - optim.warmup_steps:
         raise InputError(
             f"optim.schedule wsd decays over optim.decay_steps, which is {optim.decay_steps}; it should be between 1 "
-            f"and train.steps {train.steps}."
+            f"and the {train.steps - optim.warmup_steps} of train.steps {train.steps} that follow the warm-up."
         )
 
 

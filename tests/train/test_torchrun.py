@@ -1,16 +1,24 @@
 """The commands as a person types them: torchrun and one process write the same losses; bad input gets a sentence."""
 
+import contextlib
+import io
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import ranks
 import tiny
+from mpdit.data.plan import Plan
+from mpdit.data.shards import Shards
 
 OVERRIDES = ["train.steps=5", "optim.warmup_steps=1", "train.val_images=1"]
 
@@ -70,3 +78,42 @@ def test_bad_input_is_one_sentence_and_exit_code_2(yaml_file: Path, tmp_path: Pa
         assert words in result.stderr
         assert "Traceback" not in result.stderr
     assert not run_dir.exists()
+
+
+def train_command(rank: int, world: int, words: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of ``mpdit train`` on one of several ranks."""
+    from mpdit import cli
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = cli.main(["train", *words])
+    return code, said.getvalue()
+
+
+@pytest.mark.dist
+def test_an_image_that_one_rank_alone_reads_is_told_by_that_rank(
+    yaml_file: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    """The other rank waits for it in vain: what counts is that the sentence is not lost."""
+    data = tmp_path / "damaged"
+    shutil.copytree(tiny_set, data)
+    plan = Plan(samples=55, batch_size=8, seed=3, fingerprint=Shards.open(tiny_set, "train").fingerprint)
+    victim = int(plan.batch(0).sample_ids[-1])  # of the second data rank's share
+    shards = Shards.open(data, "train")
+    with (data / "train-00000.tar").open("r+b") as tar:
+        offset, size = shards._span(victim)[:2]
+        tar.seek(offset)
+        tar.write(b"x" * size)
+    words = [str(yaml_file), f"data.path={data}", f"run.dir={tmp_path / 'run'}"]
+    world = ranks.start(2, train_command, timeout_s=60, words=words)
+    try:
+        done = world.folder / "1.done"
+        while not done.exists():
+            time.sleep(0.01)
+            assert time.monotonic() - world.began < 60
+        kind, (code, said) = pickle.loads(done.read_bytes())
+    finally:
+        world.close()
+    assert (kind, code) == ("value", 2)
+    assert said.startswith("mpdit: rank 1: ")
+    assert f"the image of sample {victim} is damaged" in said

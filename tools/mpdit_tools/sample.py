@@ -4,7 +4,7 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,6 +12,9 @@ from mpdit import config as configs
 from mpdit.config import Config
 from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
+
+if TYPE_CHECKING:
+    from mpdit.train.checkpoint import Position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,28 +54,35 @@ def main(argv: list[str]) -> int:
 
     accel.enter()
     from mpdit.parallel import groups
-    from mpdit.train import checkpoint, preflight, session
+    from mpdit.train import preflight, session
 
     config = preflight.check(config, groups.world_size())
-    path = arguments.checkpoint or checkpoint.newest(
-        arguments.run, lambda text: print(f"mpdit: {text}", file=sys.stderr)
-    )
+    tokenizer = session.open_tokenizer(config)
+    groups.start(config.parallel, config.train.seed)
+    path, at = groups.decided_by_rank_0(lambda: choose(arguments, config, tokenizer))
+    out = arguments.out or arguments.run / "samples" / f"{path.name}-{arguments.prompts.stem}"
+    draw_to(config, tokenizer, path, prompts, out, ema=arguments.ema)
+    if groups.rank() == 0:
+        print(f"{len(prompts)} pictures of step {at.step} in {out}, all of them in {out / 'grid.png'}")
+    groups.stop()
+    return 0
+
+
+def choose(arguments: Arguments, config: Config, tokenizer: Tokenizer) -> "tuple[Path, Position]":
+    """The checkpoint to draw with, verified, and where it stands. Raises InputError if there is no good one."""
+    from mpdit.train import checkpoint
+
+    def warn(text: str) -> None:
+        print(f"mpdit: {text}", file=sys.stderr)
+
+    path = arguments.checkpoint or checkpoint.newest(arguments.run, warn)
     if path is None:
         raise InputError(f"{arguments.run}: has no checkpoint yet; train with train.save_every, or to the end.")
     if arguments.checkpoint:
         checkpoint.verify(path)
     at = checkpoint.position(path, config)
-    tokenizer = session.open_tokenizer(config)
     checkpoint.same_tokenizer(path, at, tokenizer)
-    groups.start(config.parallel, config.train.seed)
-    try:
-        out = arguments.out or arguments.run / "samples" / f"{path.name}-{arguments.prompts.stem}"
-        draw_to(config, tokenizer, path, prompts, out, ema=arguments.ema)
-        if groups.rank() == 0:
-            print(f"{len(prompts)} pictures of step {at.step} in {out}, all of them in {out / 'grid.png'}")
-    finally:
-        groups.stop()
-    return 0
+    return path, at
 
 
 def sample_config(arguments: Arguments) -> Config:
