@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         module, function = COMMANDS[argv[0]][0].split(":")
         return int(getattr(importlib.import_module(module), function)(argv[1:]) or 0)
     except (InputError, CheckFailed) as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or getattr(error, "any_rank", False):
+        rank, alone = os.environ.get("RANK", "0"), getattr(error, "any_rank", False)
+        if alone or os.environ.get("LOCAL_RANK", rank) == "0":  # once a node: nodes may see different files
             print(f"mpdit: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -239,7 +239,11 @@ def describe(config: Any = None, indent: str = "") -> str:
         else:
             text = f"{field.name}: {json.dumps(value)}"
             comment = re.search(rf"^ +{field.name}: .*?  # (.*)$", source, re.MULTILINE)
-            choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is Literal else ()
+            choices: Sequence[str] = ()
+            if typing.get_origin(hints[field.name]) is Literal:
+                choices = typing.get_args(hints[field.name])
+            elif field.name == "preset":
+                choices = list(PRESETS)
             said = "; ".join(filter(None, [" | ".join(choices), comment[1] if comment else ""]))
             lines.append(f"{indent}{text:<31}{f'  # {said}' if said else ''}".rstrip())
     return "\n".join(lines)

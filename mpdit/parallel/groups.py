@@ -60,13 +60,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in rank order, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def barrier() -> None:
     dist.barrier()
 

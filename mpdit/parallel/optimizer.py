@@ -25,11 +25,15 @@ _STATES = ("exp_avg", "exp_avg_sq")
 def wrap(ctx: Context, stages: Sequence[nn.Module]) -> list[Any]:
     """The stages under Megatron's DDP, and the hooks of its schedules (gradient and parameter synchronisation)."""
     parallel, megatron = ctx.config.parallel, ctx.megatron
-    overlap = parallel.overlap_grad_reduce or parallel.overlap_param_gather
+    overlap = parallel.overlap_grad_reduce
+    # Interleaved chunks fetch their parameters when the schedule says so, all stages at the same time; otherwise each
+    # bucket does it in its own forward pass.
+    align_param_gather = parallel.overlap_param_gather and parallel.vpp > 1
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=overlap,
         overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=align_param_gather,
         grad_reduce_in_fp32=True,
     )
     chunks = [
@@ -40,7 +44,7 @@ def wrap(ctx: Context, stages: Sequence[nn.Module]) -> list[Any]:
     if overlap:
         megatron.no_sync_func = _each(chunks, "no_sync")
         megatron.grad_sync_func = _each(chunks, "start_grad_sync")
-        if parallel.overlap_param_gather:
+        if align_param_gather:
             megatron.param_sync_func = _each(chunks, "start_param_sync")
     return chunks
 
@@ -235,7 +239,7 @@ def _join(parameter: nn.Parameter, part: Tensor | None, span: slice | None, grou
         whole[span] = part.detach().float()
     if group.size() > 1:
         dist.all_reduce(whole, group=group)
-    return whole.view(parameter.shape)
+    return whole.view(parameter.shape).cpu()  # whole fp32 state is what the optimizer's sharding keeps off the device
 
 
 @torch.no_grad()

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from mpdit.errors import InputError
 from mpdit.parallel.init import sharded_dim
 
-# What torch's checkpoint metadata is made of: data classes and enums. Everything else in the pickle is refused.
+# What the metadata of a checkpoint of tensors is made of: data classes and enums. Everything else is refused, also the
+# entries for bytes, which torch would load with plain pickle.
 _METADATA = {
     "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        *("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+        *("TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
     },
     "torch.distributed.checkpoint.planner": {
-        *("SavePlan", "TensorWriteData", "BytesIOWriteData", "WriteItem", "WriteItemType"),
+        *("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},

@@ -18,18 +18,20 @@ Predict = Callable[[list[Any]], list[Tensor]]  # micro-batches -> predictions [S
 MakeBatch = Callable[[Inputs, int], Any]
 
 
-def draw(config: Config, prompts: Sequence[str], tokens: Tokens, predict: Predict, make_batch: MakeBatch) -> Tensor:
+def draw(
+    config: Config, prompts: Sequence[str], tokens: Tokens, predict: Predict, make_batch: MakeBatch, first: int = 0
+) -> Tensor:
     """Images [N, C, H, W] in [-1, 1], one a prompt, on every rank; collective.
 
-    The noise is a function of (sample.seed, the prompt's number): a picture depends neither on the layout nor on the
-    prompts beside it. Data-parallel ranks take a share each.
+    The noise is a function of (sample.seed, the prompt's number, counted from `first`): a picture depends neither on
+    the layout nor on the prompts beside it. Data-parallel ranks take a share each.
     """
     model, sample = config.model, config.sample
     ranks, rounds = groups.data_size(), config.parallel.pp
     share = -(-len(prompts) // (ranks * rounds)) * rounds  # padded so that each micro-batch of each rank is alike
     mine = (groups.data_rank() * share + np.arange(share)) % len(prompts)
     shape = (model.channels, model.image_size, model.image_size)
-    noise = draws.noise(sample.seed, mine, np.zeros_like(mine), shape).to(accel.device())
+    noise = draws.noise(sample.seed, first + mine, np.zeros_like(mine), shape).to(accel.device())
     text = tokens([prompts[int(i)] for i in mine]).to(accel.device())
     null = tokens([""] * len(mine)).to(accel.device())
 

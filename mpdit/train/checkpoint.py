@@ -10,9 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mpdit.config import Config, to_dict
 from mpdit.data.text import Tokenizer
@@ -53,10 +56,11 @@ def save(session: Session, config: Config, position: Position, run_dir: Path) ->
         sharded.save(_tensors(session), partial)
     groups.barrier()
     if groups.rank() == 0:
-        state = {"format": FORMAT, **dataclasses.asdict(position), "model": to_dict(config.model)}
+        state = {"format": FORMAT, **dataclasses.asdict(position), **_network(config)}
         _write_json(partial / _STATE, state)
         files = sorted(p for p in partial.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        hashes = _sha256s(files)
+        manifest = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": hashes[p]} for p in files}
         _write_json(partial / _MANIFEST, {"format": FORMAT, "files": manifest})
         if final.exists():
             shutil.rmtree(final)
@@ -65,6 +69,13 @@ def save(session: Session, config: Config, position: Position, run_dir: Path) ->
         _prune(run_dir, config.train.keep_last)
     groups.barrier()
     return final
+
+
+def _network(config: Config) -> dict[str, Any]:
+    """What makes it another network: the model, and the part of its muP that acts in the forward pass."""
+    mup = to_dict(config.mup)
+    forward = ("parametrization", "base_width", "base_head_dim", "output_mult")
+    return {"model": to_dict(config.model), "mup": {key: mup[key] for key in forward}}
 
 
 def _tensors(session: Session) -> dict[str, Any]:
@@ -96,9 +107,16 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256s(files: Iterable[Path]) -> dict[Path, str]:
+    """SHA-256 in hex by file; several at a time, since hashing lets other threads run."""
+
+    def sha256(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    files = list(files)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(files, pool.map(sha256, files), strict=True))
 
 
 # ---- finding and reading ---------------------------------------------------------------------------------------------
@@ -149,7 +167,8 @@ def verify(path: Path) -> None:
             raise InputError(f"{file}: is missing, so the checkpoint is incomplete; use another one.")
         if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
             raise InputError(f"{path / _MANIFEST}: is damaged, it lacks a hash for {name}; use another checkpoint.")
-        if expected != {"bytes": file.stat().st_size, "sha256": _sha256(file)}:
+    for file, sha256 in _sha256s(path / name for name in files).items():
+        if files[str(file.relative_to(path))] != {"bytes": file.stat().st_size, "sha256": sha256}:
             raise InputError(f"{file}: is damaged (its size or SHA-256 is not the manifest's); use another checkpoint.")
 
 
@@ -166,13 +185,14 @@ def position(path: Path, config: Config) -> Position:
     state = _read_json(path / _STATE)
     if state.get("format") != FORMAT:
         raise InputError(f"{path}: has format {state.get('format')!r}, this version reads {FORMAT!r}.")
-    mine, theirs = to_dict(config.model), state["model"]
-    for key in sorted(mine.keys() | theirs.keys() - {"preset"}):
-        if key != "preset" and mine.get(key) != theirs.get(key):
-            raise InputError(
-                f"{path}: is of another model, with model.{key} {theirs.get(key)!r} where the config has "
-                f"{mine.get(key)!r}; set it back, or give another run.dir."
-            )
+    for section, mine in _network(config).items():
+        theirs = state[section]
+        for key in sorted((mine.keys() | theirs.keys()) - {"preset"}):
+            if mine.get(key) != theirs.get(key):
+                raise InputError(
+                    f"{path}: is of another model, with {section}.{key} {theirs.get(key)!r} where the config has "
+                    f"{mine.get(key)!r}; set it back, or give another run.dir."
+                )
     return Position(**{field.name: state[field.name] for field in dataclasses.fields(Position)})
 
 
@@ -211,7 +231,7 @@ def _read(network: Network, path: Path, kinds: tuple[str, ...]) -> dict[str, dic
     modules = [getattr(chunk, "module", chunk) if hasattr(chunk, "ddp_config") else chunk for chunk in network.chunks]
     named = {name: p for module in modules for name, p in module.named_parameters()}
     wanted = {
-        f"{kind}.{name}": sharded.tensor(f"{kind}.{name}", p.detach().float().clone(), p)
+        f"{kind}.{name}": sharded.tensor(f"{kind}.{name}", torch.empty(p.shape, dtype=torch.float32), p)
         for name, p in named.items()
         for kind in kinds
     }

@@ -1,4 +1,7 @@
-"""The exponential moving average of the weights: fp32, sharded as the weights are."""
+"""The exponential moving average of the weights: kept in fp32, sharded as the weights are.
+
+In bf16 runs it averages the bf16 weights that the network computes with, not their fp32 masters.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ from mpdit.config import Config, dump, to_dict
 from mpdit.data.plan import Plan
 from mpdit.data.shards import Shards
 from mpdit.data.text import Tokenizer
-from mpdit.errors import InputError
+from mpdit.errors import CheckFailed, InputError
 from mpdit.mup.table import rows
 from mpdit.parallel import groups
 from mpdit.sample import grid
@@ -36,6 +39,7 @@ class Sets:
     train: Shards
     val: Shards
     tokenizer: Tokenizer
+    tokenizer_path: Path
     plan: Plan
 
     @classmethod
@@ -47,7 +51,10 @@ class Sets:
             seed=config.train.seed,
             fingerprint=train.fingerprint,
         )
-        return cls(train=train, val=val, tokenizer=session.open_tokenizer(config), plan=plan)
+        file = train.tokenizer
+        assert file is not None  # preflight has looked
+        tokenizer = Tokenizer.open(file.path, file.sha256)
+        return cls(train=train, val=val, tokenizer=tokenizer, tokenizer_path=file.path, plan=plan)
 
 
 def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]:
@@ -65,12 +72,33 @@ def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]
     return path, at.step
 
 
-def train(config: Config) -> None:
+def train(config: Config, asked: Config | None = None) -> None:
     """Train to ``train.steps``, from the newest checkpoint if the run folder has one. Collective; groups are up.
 
-    A run that has its steps is left as it is: a job that is started once too often does no harm.
+    `asked` is the config before preflight resolved it: its open values are written down as open, so that the run
+    folder's config.yaml can be started in another layout. A run that has its steps is left as it is.
+
+    Raises InputError for a run folder of another model or that another job writes, CheckFailed when the run diverges.
     """
     sets = Sets.open(config)
+    with contextlib.ExitStack() as held:
+        groups.decided_by_rank_0(lambda: held.enter_context(_only_writer(Path(config.run.dir))))
+        _train(config, asked or config, sets)
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Holds the run folder for this job, until its process ends. Raises InputError if another one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"run.dir {folder}: another job is training there; stop it, or give another.") from None
+        yield
+
+
+def _train(config: Config, asked: Config, sets: Sets) -> None:
     path, start = groups.decided_by_rank_0(lambda: find_start(config, sets, _warn))
     if start >= config.train.steps:
         if groups.rank() == 0:
@@ -79,7 +107,7 @@ def train(config: Config) -> None:
     run = session.build(config)
     if path is not None:
         checkpoint.load(run, path, start)
-    with _Recorder(config, run, start) as recorder:
+    with _Recorder(config, asked, sets, run, start) as recorder:
         if path is not None:
             recorder.report.say(f"going on from {path} at step {start}")
         try:
@@ -96,15 +124,16 @@ def _warn(text: str) -> None:
 class _Recorder:
     """The run folder and what stands behind it. Only the first rank writes; the others' calls do nothing."""
 
-    def __init__(self, config: Config, run: Session, start: int) -> None:
+    def __init__(self, config: Config, asked: Config, sets: Sets, run: Session, start: int) -> None:
         self.dir = Path(config.run.dir)
         self.first = groups.rank() == 0
         self._open = contextlib.ExitStack()
         self.metrics: Metrics | None = None
         self.tracker: Tracker | None = None
         if self.first:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            (self.dir / "config.yaml").write_text(redact_uri(dump(config)), encoding="utf-8")
+            open_values = dataclasses.replace(config, parallel=asked.parallel)
+            (self.dir / "config.yaml").write_text(redact_uri(dump(open_values)), encoding="utf-8")
+            shutil.copyfile(sets.tokenizer_path, self.dir / "tokenizer.model")  # pictures need no data set
             _write_json(self.dir / "mup_table.json", rows(run.network.table))
             _write_json(self.dir / "environment.json", environment())
             self.metrics = self._open.enter_context(Metrics(self.dir / "metrics.jsonl", start))
@@ -170,10 +199,10 @@ class _Run:
         began = time.monotonic()
         micro_batches = feed.next()
         data_s = time.monotonic() - began
-        loss = self.run.forward_backward(micro_batches)
+        loss = self._finite(self.run.forward_backward(micro_batches), "loss", step)
         self._average()  # of the step before: only now are its parameters everywhere (overlap_param_gather)
-        lr = max(group["lr"] for group in self.run.optimizer.param_groups)
-        norm = self.run.update()
+        lr = self.run.scheduler.get_lr({})  # the base value's; a group's own stands in the muP table
+        norm = self._finite(self.run.update(), "gradient norm", step)
         self._ema_due = True
         step_s = time.monotonic() - began
         batch = self.config.train.batch_size
@@ -190,6 +219,15 @@ class _Run:
             "data_s": round(data_s, 6),
             "images_per_s": round(batch / step_s, 2),
         }
+
+    def _finite(self, value: float, what: str, step: int) -> float:
+        """Stops a diverged run before it averages or saves what it has become. The value is the same on every rank."""
+        if not math.isfinite(value):
+            raise CheckFailed(
+                f"step {step}: the {what} is {value}, the run has diverged; lower optim.lr or raise "
+                f"optim.warmup_steps. The checkpoints in {self.config.run.dir} are from before."
+            )
+        return value
 
     def _average(self) -> None:
         if self._ema_due:

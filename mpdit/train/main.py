@@ -32,9 +32,10 @@ def main(argv: list[str]) -> int:
     from mpdit.parallel import groups
     from mpdit.train import loop, preflight, summary
 
-    config = preflight.check(config, groups.world_size())
+    asked = config
+    config = preflight.check(asked, groups.world_size())
     groups.start(config.parallel, config.train.seed)
-    loop.train(config)
+    loop.train(config, asked)
     if groups.rank() == 0:
         print(summary.of_run(config), flush=True)
     groups.stop()  # not after an error: the other ranks may be anywhere, and leaving the groups would wait for them
@@ -45,10 +46,11 @@ def use_cores() -> None:
     """As many threads as the machine has cores for this rank; torchrun would give each rank one."""
     import torch
 
+    from mpdit.train.environment import cores
+
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS") if ranks == 1 else None
-    torch.set_num_threads(int(asked) if asked and asked.isdecimal() else max(1, cores // ranks))
+    torch.set_num_threads(int(asked) if asked and asked.isdecimal() else max(1, cores() // ranks))
 
 
 if __name__ == "__main__":

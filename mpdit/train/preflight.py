@@ -22,17 +22,22 @@ def check(config: Config, world: int) -> Config:
     Raises InputError for the first thing that can't work, naming key, value and remedy. Reads the data set's manifest
     and indices, builds nothing.
     """
-    _ranges(config)
-    _shapes(config)
+    data_ranks = layout(config, world)
     _run_dir(Path(config.run.dir))
-    data_ranks = groups.data_parallel_size(config.parallel, world)
     config = _micro_batch(config, data_ranks)
-    stages.split(config)
     shards = Shards.open(config.data.path, "train")
     Shards.open(config.data.path, "val")
-    config = _vocabulary(config, shards)
+    return _vocabulary(config, shards)
+
+
+def layout(config: Config, world: int) -> int:
+    """Check numbers, model and layout alone, without data; the number of data-parallel ranks. Raises InputError."""
+    _ranges(config)
+    _shapes(config)
+    data_ranks = groups.data_parallel_size(config.parallel, world)
+    stages.split(config)
     stages.local_tokens(config, models.parts(context.build(config)).streams())
-    return config
+    return data_ranks
 
 
 def _run_dir(folder: Path) -> None:
@@ -113,7 +118,11 @@ def _shapes(config: Config) -> None:
     if model.image_size % model.patch:
         raise InputError(f"model.image_size {model.image_size} does not divide by model.patch {model.patch}.")
     if model.channels not in (1, 3):
-        raise InputError(f"model.channels is {model.channels}; in pixel space it should be 3 (RGB) or 1 (gray).")
+        preset = f" (of preset {model.preset}, which is for latents)" if model.preset else ""
+        raise InputError(
+            f"model.channels is {model.channels}{preset}, but this version trains in pixel space; it should be 3 (RGB) "
+            "or 1 (gray)."
+        )
     if parallel.sp and parallel.tp == 1:
         raise InputError("parallel.sp shards tokens over the tensor ranks: it needs parallel.tp of at least 2.")
     if parallel.vpp > 1 and parallel.pp == 1:

@@ -8,7 +8,6 @@ import torch
 
 from mpdit import models
 from mpdit.config import Config
-from mpdit.data.shards import Shards
 from mpdit.data.text import Tokenizer
 from mpdit.mup.roles import collect
 from mpdit.mup.table import Table, merge, resolve
@@ -65,22 +64,24 @@ class Session:
         return optimizer.settled(self.network.ctx, self.network.chunks)
 
 
-def open_tokenizer(config: Config) -> Tokenizer:
-    """The data set's tokenizer, checked against its manifest."""
-    file = Shards.open(config.data.path, "train").tokenizer
-    assert file is not None  # preflight has looked
-    return Tokenizer.open(file.path, file.sha256)
+_PROMPTS_AT_ONCE = 32  # a data-parallel rank and micro-batch; guidance doubles it
 
 
 def draw(network: Network, config: Config, prompts: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
     """Images [N, C, H, W] in [-1, 1] with the network's present weights, on every rank; collective."""
-    return sampling.draw(
-        config,
-        prompts,
-        lambda captions: torch.from_numpy(tokenizer.encode(captions, config.model.text_tokens)),
-        network.predict,
-        lambda inputs, size: FlowBatch(inputs=inputs, size=size),
-    )
+    at_once = _PROMPTS_AT_ONCE * groups.data_size() * config.parallel.pp
+    images = [
+        sampling.draw(
+            config,
+            prompts[first : first + at_once],
+            lambda captions: torch.from_numpy(tokenizer.encode(captions, config.model.text_tokens)),
+            network.predict,
+            lambda inputs, size: FlowBatch(inputs=inputs, size=size),
+            first=first,
+        )
+        for first in range(0, len(prompts), at_once)
+    ]
+    return torch.cat(images)
 
 
 def build_network(config: Config) -> Network:

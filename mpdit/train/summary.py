@@ -13,7 +13,7 @@ _LAST_STEPS = 20  # the last loss is a mean: single steps are noisy
 def of_run(config: Config) -> str:
     """The closing lines: losses, speed, and where pictures, tracking and run folder lie."""
     folder = Path(config.run.dir)
-    rows = read_metrics(folder / "metrics.jsonl")
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("loss") is not None]
     last = statistics.mean(row["loss"] for row in rows[-_LAST_STEPS:])
     validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
     images_per_s = config.train.batch_size * len(rows) / sum(row["step_s"] for row in rows)

@@ -41,6 +41,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP4, dist-opt":                        (4, {"distributed_optimizer": True}),
     "TP2 x DP2 + SP, dist-opt":             (4, {"tp": 2, "sp": True, "distributed_optimizer": True}),
     "PP2 x DP2, dist-opt":                  (4, {"pp": 2, "distributed_optimizer": True}),
+    "PP2 x DP2, dist-opt, overlap":         (4, {"pp": 2, "distributed_optimizer": True, "overlap_grad_reduce": True,
+                                                 "overlap_param_gather": True}),
     "PP2 x VPP2 x DP2, dist-opt, overlap":  (4, {"pp": 2, "vpp": 2, "distributed_optimizer": True,
                                                  "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "CP2":                                  (2, {"cp": 2}),

@@ -200,8 +200,23 @@ def code_in_a_shard(folder: Path) -> None:
     path.write_bytes(buffer.getvalue().ljust(path.stat().st_size, b"\0"))
 
 
+def code_in_bytes(folder: Path) -> None:
+    """A tensor's entry turned into one for bytes, which torch reads with plain pickle, and code in their place."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+    path = folder / ".metadata"
+    found = pickle.loads(path.read_bytes())
+    entry = BytesStorageMetadata()
+    entry.size = found.state_dict_metadata["a"].size  # type: ignore[attr-defined]
+    found.state_dict_metadata["a"] = entry
+    place = next(value for index, value in found.storage_data.items() if index.fqn == "a")
+    found.storage_data[MetadataIndex("a")] = place
+    path.write_bytes(pickle.dumps(found))
+    code_in_a_shard(folder)
+
+
 @pytest.mark.dist
-@pytest.mark.parametrize("spoil", [code_in_metadata, code_in_common, code_in_a_shard])
+@pytest.mark.parametrize("spoil", [code_in_metadata, code_in_common, code_in_a_shard, code_in_bytes])
 def test_no_file_of_a_checkpoint_can_run_code(spoil: Callable[[Path], None], tmp_path: Path) -> None:
     said = ranks.run(1, save_and_load, timeout_s=60, folder=tmp_path, spoil=spoil)[0]
     assert not (tmp_path / "marker").exists()

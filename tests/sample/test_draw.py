@@ -26,11 +26,11 @@ def draw(rank: int, world: int, config: Config, tries: dict[str, tuple[list[str]
     import dataclasses
 
     from mpdit.parallel import groups
-    from mpdit.train import preflight, session
+    from mpdit.train import loop, preflight, session
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    network, tokenizer = session.build_network(config), session.open_tokenizer(config)
+    network, tokenizer = session.build_network(config), loop.Sets.open(config).tokenizer
     pictures = {}
     for name, (prompts, changed) in tries.items():
         asked = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changed))

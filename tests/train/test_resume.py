@@ -136,6 +136,8 @@ def test_another_model_or_data_is_refused(tiny_set: Path, tmp_path: Path) -> Non
     for sections, word in (
         ({"model": {"width": 64}}, "model.width"),
         ({"train": {"seed": 4, "steps": 8}}, "train.seed"),
+        ({"mup": {"base_width": 8}}, "mup.base_width"),
+        ({"mup": {"output_mult": 3.0}}, "mup.output_mult"),
     ):
         with pytest.raises(ranks.RankFailed, match=f"InputError.*{word}"):
             ranks.run(1, train, config=run_config(tiny_set, tmp_path, {}, **sections))
@@ -151,7 +153,8 @@ def test_damaged_checkpoints_are_passed_over(tiny_set: Path, tmp_path: Path) -> 
     newest = tmp_path / "checkpoints" / "step_6"
     checkpoint.verify(newest)
     files = [p for p in newest.rglob("*") if p.is_file()]
-    assert len(files) >= 6
+    assert {p.name for p in files} >= {".metadata", "manifest.json", "metadata.json", "state.json"}
+    assert any(p.suffix == ".distcp" for p in files)
     for path in files:
         whole = path.read_bytes()
         flipped = bytes([whole[0] ^ 1]) + whole[1:]
@@ -166,3 +169,30 @@ def test_damaged_checkpoints_are_passed_over(tiny_set: Path, tmp_path: Path) -> 
         (tmp_path / "checkpoints" / f"step_{step}" / "manifest.json").unlink()
     with pytest.raises(InputError, match="no complete checkpoint"):
         checkpoint.newest(tmp_path, print)
+
+
+@pytest.mark.dist
+def test_a_diverged_run_stops_and_keeps_its_checkpoints(tiny_set: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"train": {"save_every": 1, "keep_last": 2}, "optim": {"lr": 1e30, "clip": 0.0}}
+    with pytest.raises(ranks.RankFailed, match=r"CheckFailed: step .* the run has diverged"):
+        ranks.run(2, train, config=run_config(tiny_set, tmp_path, {}, **settings))
+    from mpdit.train import checkpoint
+
+    kept = checkpoint.newest(tmp_path, print)
+    assert kept is not None
+    assert all(abs(row["loss"]) < float("inf") for row in metrics(tmp_path))
+
+
+@pytest.mark.dist
+def test_a_run_folder_that_another_job_writes_is_refused(tiny_set: Path, tmp_path: Path) -> None:
+    first = ranks.start(1, train, config=run_config(tiny_set, tmp_path, {}, train={"steps": 100_000}))
+    try:
+        while steps_written(tmp_path) < 1:
+            time.sleep(0.01)
+        with pytest.raises(ranks.RankFailed, match=r"InputError: run\.dir .* another job is training there"):
+            ranks.run(2, train, config=run_config(tiny_set, tmp_path, DP2))
+        before = steps_written(tmp_path)
+        while steps_written(tmp_path) == before:  # the first one goes on undisturbed
+            time.sleep(0.01)
+    finally:
+        first.close()

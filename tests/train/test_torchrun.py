@@ -59,11 +59,16 @@ def test_torchrun_and_one_process_write_the_same_losses(yaml_file: Path, tmp_pat
     assert {p.name for p in (tmp_path / "four").iterdir()} >= {
         *("config.yaml", "mup_table.json", "environment.json", "metrics.jsonl", "checkpoints", "samples"),
     }
+    # The run folder as the config, in another layout: nothing that was resolved for the first one is in the way.
+    other = command(str(tmp_path / "one"), "train.steps=6", "optim.warmup_steps=1", ranks=2)
+    assert other.returncode == 0, other.stderr
+    assert losses(tmp_path / "one")[:5] == wanted
+    assert len(losses(tmp_path / "one")) == 6
     # Started once more, a finished run is left as it is.
     again = command(str(yaml_file), *OVERRIDES, f"run.dir={tmp_path / 'one'}")
     assert again.returncode == 0, again.stderr
     assert "has its 5 steps" in again.stdout
-    assert losses(tmp_path / "one") == wanted
+    assert losses(tmp_path / "one")[:5] == wanted
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(yaml_file: Path, tmp_path: Path) -> None:

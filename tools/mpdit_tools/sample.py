@@ -54,12 +54,12 @@ def main(argv: list[str]) -> int:
 
     accel.enter()
     from mpdit.parallel import groups
-    from mpdit.train import preflight, session
+    from mpdit.train import preflight
 
-    config = preflight.check(config, groups.world_size())
-    tokenizer = session.open_tokenizer(config)
+    preflight.layout(config, groups.world_size())
     groups.start(config.parallel, config.train.seed)
-    path, at = groups.decided_by_rank_0(lambda: choose(arguments, config, tokenizer))
+    path, at = groups.decided_by_rank_0(lambda: choose(arguments, config))
+    tokenizer = Tokenizer.open(arguments.run / "tokenizer.model", at.tokenizer_sha256)
     out = arguments.out or arguments.run / "samples" / f"{path.name}-{arguments.prompts.stem}"
     draw_to(config, tokenizer, path, prompts, out, ema=arguments.ema)
     if groups.rank() == 0:
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def choose(arguments: Arguments, config: Config, tokenizer: Tokenizer) -> "tuple[Path, Position]":
+def choose(arguments: Arguments, config: Config) -> "tuple[Path, Position]":
     """The checkpoint to draw with, verified, and where it stands. Raises InputError if there is no good one."""
     from mpdit.train import checkpoint
 
@@ -80,9 +80,7 @@ def choose(arguments: Arguments, config: Config, tokenizer: Tokenizer) -> "tuple
         raise InputError(f"{arguments.run}: has no checkpoint yet; train with train.save_every, or to the end.")
     if arguments.checkpoint:
         checkpoint.verify(path)
-    at = checkpoint.position(path, config)
-    checkpoint.same_tokenizer(path, at, tokenizer)
-    return path, at
+    return path, checkpoint.position(path, config)
 
 
 def sample_config(arguments: Arguments) -> Config:
