@@ -147,7 +147,10 @@ def plain_pytorch(case: Case) -> Contender:
 
 
 def mpdit_one_process(case: Case) -> Contender:
-    """What `mpdit train` runs in one process: Megatron's schedule, gradient buffers and optimizer, muP groups."""
+    """What `mpdit train` runs in one process: Megatron's schedule, gradient buffers and optimizer, muP groups.
+
+    Without the gradient norm and clipping, which no contender has.
+    """
     from mpdit import config as configs
     from mpdit.models.layers import Inputs, patchify
     from mpdit.parallel import accel, groups
@@ -177,7 +180,8 @@ def mpdit_one_process(case: Case) -> Contender:
 
     def step() -> None:
         run.forward_backward([batch])
-        run.update()
+        run.optimizer.prepare_grads()
+        run.optimizer.step_with_ready_grads()
 
     return Contender(
         loss=lambda: batches.loss(stage(batch.inputs), batch), parameters=list(stage.parameters()), step=step

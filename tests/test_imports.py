@@ -24,3 +24,8 @@ def test_models_name_no_process_group() -> None:
 def test_help_imports_no_torch() -> None:
     code = "import sys; from mpdit.cli import main; main(['--help']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_no_text_waits_to_be_filled_in() -> None:
+    for path in ROOT.glob("*.md"):
+        assert "@@" not in path.read_text(), path
