@@ -1,27 +1,36 @@
 """Sharded checkpoints in Megatron's dist_checkpointing format, loadable into any layout. Loading runs no code."""
 
+import contextlib
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
+from torch.distributed.checkpoint import default_planner
 
 from mpdit.errors import InputError
 from mpdit.parallel.init import sharded_dim
 
-# What the metadata of a checkpoint of tensors is made of: data classes and enums. Everything else is refused, also the
-# entries for bytes, which torch would load with plain pickle.
+# What a checkpoint's metadata is made of: data classes and enums. Everything else is refused.
 _METADATA = {
     "torch.distributed.checkpoint.metadata": {
-        *("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+        *(
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+        ),
         *("TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
     },
     "torch.distributed.checkpoint.planner": {
-        *("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+        *("SavePlan", "BytesIOWriteData", "TensorWriteData", "WriteItem", "WriteItemType"),
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
@@ -45,10 +54,31 @@ def save(tensors: Mapping[str, Any], folder: Path) -> None:
 def load(tensors: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
     """Read what `tensors` names, in this layout; collective.
 
-    Raises InputError for a metadata file that holds anything but metadata.
+    Raises InputError for a metadata file that holds anything but metadata. Code in the place of data is not run: torch
+    raises its own CheckpointException then.
     """
     refuse_code(folder / ".metadata")
-    return dist_checkpointing.load(dict(tensors), str(folder))
+    with _bytes_run_no_code():
+        return dist_checkpointing.load(dict(tensors), str(folder))
+
+
+@contextlib.contextmanager
+def _bytes_run_no_code() -> Iterator[None]:
+    """torch reads entries for bytes (megatron-core 0.19 has one) with plain pickle; within, as weights only."""
+
+    def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
+        name, loaded = read_item.dest_index.fqn, torch.load(value, weights_only=True)
+        if self.flatten_state_dict:
+            default_planner.set_element(self.original_state_dict, self.mappings[name], loaded)
+        else:
+            self.state_dict[name] = loaded
+
+    planner: Any = default_planner.DefaultLoadPlanner
+    plain, planner.load_bytes = planner.load_bytes, load_bytes
+    try:
+        yield
+    finally:
+        planner.load_bytes = plain
 
 
 class _MetadataUnpickler(pickle.Unpickler):
