@@ -171,10 +171,10 @@ def mpdit_one_process(case: Case) -> Contender:
         }
     )
     run, data = session.build(config), case.data()
-    batch = batches.FlowBatch(
+    batch = batches.Batch(
         size=case.batch,
         inputs=Inputs(image_BCHW=data.noisy_BCYX(), time_B=data.t_B, text_BL=data.ids_BL),
-        target_SBP=patchify(data.target_BCYX(), PATCH),
+        target_SBP={"velocity": patchify(data.target_BCYX(), PATCH)},
     )
     (stage,) = run.network.chunks
 
@@ -184,7 +184,9 @@ def mpdit_one_process(case: Case) -> Contender:
         run.optimizer.step_with_ready_grads()
 
     return Contender(
-        loss=lambda: batches.loss(stage(batch.inputs), batch), parameters=list(stage.parameters()), step=step
+        loss=lambda: batches.loss(config, stage(batch.inputs), batch),
+        parameters=list(stage.parameters()),
+        step=step,
     )
 
 

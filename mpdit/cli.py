@@ -9,14 +9,16 @@ from mpdit.errors import CheckFailed, InputError
 # command: (module:function, what it does). function(argv) -> exit code.
 COMMANDS = {
     "doctor": ("mpdit_tools.doctor:main", "what this machine can run, and what to do about the rest"),
-    "data":   ("mpdit_tools.data.main:main", "build image-text shards: icons, or a folder of your own"),
+    "data":   ("mpdit_tools.data.main:main", "build image-text shards: icons, digits, or a folder of your own"),
+    "coordcheck": ("mpdit_tools.coordcheck.main:main", "does muP hold? slopes over widths, in any layout"),
     "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),
     "sample": ("mpdit_tools.sample:main", "pictures for prompts out of a run's checkpoint"),
+    "mup-table": ("mpdit_tools.mup_table:main", "what muP gives each parameter of a model, and gave its proxy"),
 }  # fmt: skip
 
 
 def usage() -> str:
-    lines = [f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: mpdit COMMAND [ARGUMENTS]    (mpdit COMMAND --help tells more)",

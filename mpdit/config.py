@@ -25,7 +25,7 @@ from mpdit.presets import PRESETS
 class Model:
     """The network. ``preset`` fills what is not given here; see mpdit/presets.py."""
 
-    arch: Literal["mmdit"] = "mmdit"
+    arch: Literal["mmdit", "dit", "pixart", "uvit"] = "mmdit"
     preset: str | None = None
     width: int = 128
     depth: int = 4
@@ -34,9 +34,11 @@ class Model:
     patch: int = 4
     image_size: int = 32  # pixels (or latent pixels) a side
     channels: int = 3
-    text_tokens: int = 16  # captions are padded or cut to this many tokens
-    vocab_size: int = 0  # 0: that of the data set's tokenizer
+    text_tokens: int = 16  # captions are padded or cut to this many tokens; class labels are one
+    vocab_size: int = 0  # 0: that of the data set's tokenizer, or its classes and "no class"
+    text_dim: int = 0  # features of a token that a text encoder gives; 0: a learned table of vocab_size rows
     qk_norm: bool = True
+    learn_sigma: bool = False  # objective ddpm: predict the variance too (twice the output channels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +57,12 @@ class LrMult:
 class Mup:
     """The parametrization: how init, learning rate, weight decay and eps follow the width."""
 
-    parametrization: Literal["sp", "mup"] = "mup"
+    parametrization: Literal["sp", "mup", "completep"] = "mup"  # completep: mup that follows the depth too
     base_width: int = 128  # the proxy's width: there the model is the same under sp and mup
+    base_depth: int | None = None  # completep: the proxy's depth; None: the model's own
     base_head_dim: int | None = None  # None: the model's own head_dim
+    base_batch_size: int | None = None  # the proxy's; None: the run's own. With base_images: Complete(d)P's rule
+    base_images: int | None = None  # images that the proxy was trained on (steps x batch); None: the run's own
     wd_rule: Literal["independent", "const", "sqrt"] = "independent"
     eps_rule: Literal["scaled", "constant"] = "scaled"
     wd_vector: bool = False  # the paper decays biases and gains too
@@ -107,7 +112,7 @@ class Data:
     """Shards made by ``mpdit data build``."""
 
     path: str = "data/icons"
-    text: Literal["sentencepiece"] = "sentencepiece"
+    text: Literal["sentencepiece", "labels"] = "sentencepiece"  # labels: a caption is the name of a class
     caption_drop: float = 0.1  # share of captions replaced by the empty one, for guidance
     mirror: bool = False  # flip half of the images left to right
     workers: int = 1  # DALI threads a rank
@@ -115,12 +120,15 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """Rectified flow (Esser et al., arXiv 2403.03206): x_t = (1 - t) x_0 + t noise, the target is noise - x_0."""
+    """What is learned: rectified flow (arXiv 2403.03206) or DDPM's noise (arXiv 2006.11239, 2102.09672), and REPA."""
 
-    kind: Literal["flow"] = "flow"
-    timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
+    kind: Literal["flow", "ddpm"] = "flow"
+    timesteps: Literal["logit_normal", "uniform"] = "logit_normal"  # flow's; ddpm's are uniform
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    repa_weight: float = 0.0  # of REPA's loss (arXiv 2410.06940): align a block's image tokens with a frozen teacher
+    repa_block: int = 0  # the block after which; 0: a third of the depth
+    repa_teacher: str = "efficientnet_lite0"  # or the local folder of a DINOv2 model for transformers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +150,8 @@ class Sample:
     """How pictures are drawn, during the run and by ``mpdit sample``."""
 
     prompts: tuple[str, ...] = ()  # empty: captions of the validation set
-    steps: int = 30  # Euler steps
+    sampler: Literal["auto", "euler", "heun", "ddim", "ddpm"] = "auto"  # auto: euler for flow, ddim for ddpm
+    steps: int = 30  # of the sampler; a Heun step asks the network twice
     guidance: float = 3.0  # classifier-free guidance scale; 1: off
     seed: int = 0
 

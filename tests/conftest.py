@@ -18,6 +18,14 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "set"
 
 
+@pytest.fixture(scope="session")
+def labelled_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures in four classes, built in a child too."""
+    folder = tmp_path_factory.mktemp("labelled")
+    ranks.run(1, lambda rank, world: str(tiny.build_set(folder, labelled=True)))
+    return folder / "set"
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     passed = len(terminalreporter.stats.get("passed", []))
     layouts = len(ranks.layouts_run)

@@ -13,8 +13,11 @@ from mpdit.config import Config
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40)}
 
 
-def build_set(folder: Path) -> Path:
-    """60 pictures of coloured squares in 12 x 12 pixels with captions -> shards under `folder`."""
+def build_set(folder: Path, *, labelled: bool = False) -> Path:
+    """60 pictures of coloured squares in 12 x 12 pixels with captions -> shards under `folder`.
+
+    `labelled`: the captions are the colours, and those are the set's classes.
+    """
     from mpdit_tools.data.main import main
 
     source = folder / "source"
@@ -26,9 +29,10 @@ def build_set(folder: Path) -> Path:
         x, y = generator.integers(0, 6, 2)
         pixels[y : y + 6, x : x + 6] = colour
         Image.fromarray(pixels).save(source / f"{number:03d}.png")
-        (source / f"{number:03d}.txt").write_text(f"a {name} square at {x} {y}")
+        (source / f"{number:03d}.txt").write_text(name if labelled else f"a {name} square at {x} {y}")
     out = folder / "set"
-    assert main(["build", "folder", str(source), "--out", str(out), "--size", "12", "--vocab-size", "300"]) == 0
+    arguments = ["--out", str(out), "--size", "12", "--vocab-size", "300", *(["--classes"] if labelled else [])]
+    assert main(["build", "folder", str(source), *arguments]) == 0
     return out
 
 
@@ -51,7 +55,7 @@ BASE: dict[str, Any] = {
 }
 
 
-def config(data: Path, *overrides: str, **sections: dict[str, Any]) -> Config:
+def config(data: Path, /, *overrides: str, **sections: dict[str, Any]) -> Config:
     """The tiny run on `data` with sections merged in and dotted overrides on top."""
     tree: dict[str, Any] = {key: {**value} for key, value in BASE.items()}
     tree["data"] = {"path": str(data)}

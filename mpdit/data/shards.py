@@ -38,7 +38,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerFile:
-    """The data set's tokenizer; ``mpdit.data.text.Tokenizer.open(path, sha256)`` loads and checks it."""
+    """The data set's tokenizer; ``mpdit.data.text.SentencePiece.open(path, sha256)`` loads and checks it."""
 
     path: Path
     sha256: str
@@ -68,6 +68,7 @@ class Shards:
         self.size: int = manifest["size"]  # pixels a side of the stored images
         self.shards = shards
         self.tokenizer = _tokenizer(folder, manifest)
+        self.classes = _classes(folder, manifest)
         self.fingerprint = hashlib.sha256("\n".join(shard.sha256 for shard in shards).encode()).hexdigest()
         self._spans = spans
         self._firsts = np.cumsum([0] + [shard.samples for shard in shards])
@@ -222,6 +223,31 @@ def _tokenizer(folder: Path, manifest: dict[str, Any]) -> TokenizerFile | None:
         sha256=_get(tree, "sha256", str, where),
         vocab_size=_get(tree, "vocab_size", int, where),
     )
+
+
+def _classes(folder: Path, manifest: dict[str, Any]) -> tuple[str, ...] | None:
+    """The names that captions are, in the order of their numbers; None where captions are free text."""
+    if manifest.get("classes") is None:
+        return None
+    return class_names(manifest["classes"], f"{folder / 'manifest.json'}: classes")
+
+
+def class_names(value: Any, where: str) -> tuple[str, ...]:
+    """`value`, a list of distinct names, as class names. Raises InputError, with `where` in the sentence, if it is not.
+
+    A name is not empty, for that is "no class", and has no white space around it, as captions have none.
+    """
+    good = isinstance(value, list) and value and all(isinstance(name, str) for name in value)
+    if not good or any(name.strip() != name or not name for name in value) or len(set(value)) < len(value):
+        raise InputError(
+            f"{where} is {_short(value)}, but should be a list of distinct names without white space around them."
+        )
+    return tuple(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 # ---- tar and index ---------------------------------------------------------------------------------------------------

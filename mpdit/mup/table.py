@@ -21,10 +21,7 @@ Table = Mapping[str, Entry]
 
 def resolve(tags: Mapping[str, Tag], config: Config) -> Table:
     """The table of the parameters in `tags` under `config`'s parametrization, in the order of `tags`."""
-    return {
-        name: Entry(tag=tag, rule=rule(tag, mup=config.mup, optim=config.optim, width=config.model.width))
-        for name, tag in tags.items()
-    }
+    return {name: Entry(tag=tag, rule=rule(tag, config)) for name, tag in tags.items()}
 
 
 def merge(tables: Iterable[Mapping[str, Tag]]) -> dict[str, Tag]:

@@ -112,6 +112,9 @@ def _returns(value: Any) -> Callable[..., Any]:
 
 
 def _patch_factories() -> None:
+    # torch lists its factories at the first "with torch.device": it has to find the real ones, or "meta" allocates.
+    with torch.device("meta"):
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for owner, name in ((torch.Tensor, "cuda"), (torch.Tensor, "pin_memory"), (torch.nn.Module, "cuda")):

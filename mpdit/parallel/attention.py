@@ -1,6 +1,6 @@
 """Attention over this rank's heads, with the muP softmax scale; Ulysses under context parallelism.
 
-Shapes: S tokens, B samples, H heads of this tensor rank, d head_dim.
+Shapes: S and L tokens, B samples, H heads of this tensor rank, d head_dim.
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -35,18 +35,24 @@ class _HeadsToTokens(torch.autograd.Function):
         return _HeadsToTokens.apply(grads[0], *ctx.arguments), None, None
 
 
-def attend(q_SBHd: Tensor, k_SBHd: Tensor, v_SBHd: Tensor, softmax_scale: float) -> Tensor:
-    """Softmax attention of every token to every token, no mask -> [S, B, H * d].
+class Attention(nn.Module):
+    """Softmax attention of every query to every key, no mask: [S, B, H, d], twice [L, B, H, d] -> [S, B, H * d].
 
-    Under context parallelism S is this rank's share of the tokens: heads are exchanged for tokens before and back after
-    (DeepSpeed-Ulysses, arXiv 2309.14509), so H must divide by cp. The order of tokens does not matter to attention.
+    Under context parallelism S and L are this rank's shares of the tokens: heads are exchanged for tokens before and
+    back after (DeepSpeed-Ulysses, arXiv 2309.14509), so H must divide by cp. The order of tokens does not matter.
     """
-    group = parallel_state.get_context_parallel_group()
-    if group.size() > 1:
-        q_SBHd, k_SBHd, v_SBHd = (_HeadsToTokens.apply(x, group, True) for x in (q_SBHd, k_SBHd, v_SBHd))
-    q_BHSd, k_BHSd, v_BHSd = (x.permute(1, 2, 0, 3) for x in (q_SBHd, k_SBHd, v_SBHd))
-    o_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, scale=softmax_scale)
-    o_SBHd = o_BHSd.permute(2, 0, 1, 3)
-    if group.size() > 1:
-        o_SBHd = _HeadsToTokens.apply(o_SBHd, group, False)
-    return o_SBHd.flatten(2)
+
+    def __init__(self, softmax_scale: float) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(self, q_SBHd: Tensor, k_LBHd: Tensor, v_LBHd: Tensor) -> Tensor:
+        group = parallel_state.get_context_parallel_group()
+        if group.size() > 1:
+            q_SBHd, k_LBHd, v_LBHd = (_HeadsToTokens.apply(x, group, True) for x in (q_SBHd, k_LBHd, v_LBHd))
+        q_BHSd, k_BHLd, v_BHLd = (x.permute(1, 2, 0, 3) for x in (q_SBHd, k_LBHd, v_LBHd))
+        o_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHLd, v_BHLd, scale=self.softmax_scale)
+        o_SBHd = o_BHSd.permute(2, 0, 1, 3)
+        if group.size() > 1:
+            o_SBHd = _HeadsToTokens.apply(o_SBHd, group, False)
+        return o_SBHd.flatten(2)

@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mpdit.config import Config
 from mpdit.mup import rules
+from mpdit.mup.roles import Width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,8 +16,8 @@ class Context:
     megatron: TransformerConfig
 
     @property
-    def width(self) -> int:
-        return self.config.model.width
+    def width(self) -> Width:
+        return Width(self.config.model.width, self.config.mup.base_width)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -26,6 +27,10 @@ class Context:
     @property
     def softmax_scale(self) -> float:
         return rules.softmax_scale(self.config.model.head_dim, self.config.mup)
+
+    @property
+    def residual_multiplier(self) -> float:
+        return rules.residual_multiplier(self.config)
 
 
 def build(config: Config) -> Context:

@@ -53,6 +53,16 @@ def start(parallel: Parallel, seed: int, timeout_s: float = 600.0) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def started() -> bool:
+    """Whether this process is in the groups of a layout."""
+    return bool(parallel_state.is_initialized())
+
+
+def leave_layout() -> None:
+    """Leave this layout's groups but not the world: :func:`start` may then make another's."""
+    parallel_state.destroy_model_parallel()
+
+
 def stop() -> None:
     """Leave the groups and the world."""
     if dist.is_initialized():

@@ -40,6 +40,17 @@ def shard(whole: Tensor, parameter: nn.Parameter, tag: Tag) -> Tensor:
     return whole
 
 
+def whole(shard: Tensor, parameter: nn.Parameter) -> Tensor:
+    """The inverse of :func:`shard` for something of `parameter`'s shape; collective over the tensor ranks."""
+    dim = sharded_dim(parameter)
+    if dim is None:
+        return shard
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(shard) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, shard.contiguous(), group=group)
+    return torch.cat(parts, dim)
+
+
 @torch.no_grad()
 def initialise(model: nn.Module, table: Table, seed: int) -> None:
     """Give every parameter of a stage its initial value, and every readout its forward multiplier, from the table."""

@@ -1,7 +1,7 @@
-"""Linear layers, gains and tables that know their muP role and their place in a layout.
+"""Linear layers, norms and tables that know their muP role and their place in a layout.
 
 Shapes: S tokens (this rank's, under sequence parallelism), B samples, D width. A column-parallel weight is sharded over
-its outputs, a row-parallel one over its inputs; both keep Megatron's names. Biases everywhere.
+its outputs, a row-parallel one over its inputs; both keep Megatron's names. Biases unless said otherwise.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ from megatron.core import tensor_parallel as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpdit.mup.roles import Group, Role, declare, matrix, table, vector
+from mpdit.mup.roles import Group, declare, matrix, table, vector
+from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
 
 
@@ -25,10 +26,10 @@ def _mark_sharded(weight: nn.Parameter, dim: int) -> None:
 class ColumnLinear(tp.ColumnParallelLinear):
     """[S, B, fan_in] whole -> [S, B, fan_out / tp]: this rank's outputs. Under SP the input is gathered along S."""
 
-    def __init__(self, ctx: Context, fan_in: int, fan_out: int) -> None:
-        super().__init__(fan_in, fan_out, config=ctx.megatron, init_method=None, bias=True, gather_output=False)
+    def __init__(self, ctx: Context, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
+        super().__init__(fan_in, fan_out, config=ctx.megatron, init_method=None, bias=bias, gather_output=False)
         _mark_sharded(self.weight, 0)
-        declare(self, weight=matrix(Role.HIDDEN, fan_out, fan_in), bias=vector(fan_out))
+        declare(self, weight=matrix(fan_out, fan_in), **({"bias": vector(fan_out)} if bias else {}))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         return super().forward(x_SBD)[0]
@@ -37,7 +38,7 @@ class ColumnLinear(tp.ColumnParallelLinear):
 class RowLinear(tp.RowParallelLinear):
     """[S, B, fan_in / tp] -> [S, B, fan_out] summed over the tensor ranks. Under SP the output is scattered along S."""
 
-    def __init__(self, ctx: Context, fan_in: int, fan_out: int) -> None:
+    def __init__(self, ctx: Context, fan_in: int, fan_out: int, *, gain: float = 1.0) -> None:
         super().__init__(
             fan_in,
             fan_out,
@@ -48,10 +49,22 @@ class RowLinear(tp.RowParallelLinear):
             skip_bias_add=False,
         )
         _mark_sharded(self.weight, 1)
-        declare(self, weight=matrix(Role.HIDDEN, fan_out, fan_in), bias=vector(fan_out))
+        declare(self, weight=matrix(fan_out, fan_in, gain=gain), bias=vector(fan_out))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         return super().forward(x_SBD)[0]
+
+
+class WholeLinear(ColumnLinear):
+    """[S, B, fan_in] -> [S, B, fan_out]: its outputs are sharded, then put together on every rank again."""
+
+    def __init__(self, ctx: Context, fan_in: int, fan_out: int) -> None:
+        super().__init__(ctx, fan_in, fan_out)
+        self.ctx = ctx
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        y_SBD = super().forward(x_SBD)
+        return tokens.scatter(self.ctx, tp.gather_from_tensor_model_parallel_region(y_SBD))
 
 
 class Modulation(tp.ColumnParallelLinear):
@@ -68,7 +81,8 @@ class Modulation(tp.ColumnParallelLinear):
         _mark_sharded(self.weight, 0)
         self.parts = parts
         self.sum_gradient = tokens_sharded and ctx.megatron.sequence_parallel
-        weight = matrix(Role.HIDDEN, parts * ctx.width, ctx.width, group=Group.MODULATION)
+        gain = 0.0 if ctx.config.mup.adaln_init == "zero" else 1.0
+        weight = matrix(parts * ctx.width, ctx.width, group=Group.MODULATION, gain=gain)
         declare(self, weight=weight, bias=vector(parts * ctx.width))
 
     def forward(self, cond_1BD: Tensor) -> tuple[Tensor, ...]:
@@ -78,25 +92,43 @@ class Modulation(tp.ColumnParallelLinear):
         return y.chunk(self.parts, -1)
 
 
+class ScaleShift(nn.Module):
+    """PixArt's adaLN-single: learned offsets [parts, D] to a modulation that all blocks share -> `parts` of [1, B, D].
+
+    As in :class:`Modulation`, under SP the gradient of what multiplies a slice of the tokens is summed.
+    """
+
+    def __init__(self, ctx: Context, parts: int, *, tokens_sharded: bool = True) -> None:
+        super().__init__()
+        self.sum_gradient = tokens_sharded and ctx.megatron.sequence_parallel
+        self.table = nn.Parameter(torch.empty(parts, ctx.width, dtype=ctx.dtype))
+        declare(self, table=table(parts, ctx.width, gain=0.02))
+
+    def forward(self, shared_NBD: Tensor) -> tuple[Tensor, ...]:
+        """`shared_NBD` has a row for each part, or one for all."""
+        y_NBD = shared_NBD + self.table[:, None]
+        if self.sum_gradient:
+            y_NBD = tp.copy_to_tensor_model_parallel_region(y_NBD)
+        return y_NBD.split(1)
+
+
 class ReplicatedLinear(nn.Linear):
     """A small linear that every tensor rank holds whole: embedders, on whole tokens."""
 
-    def __init__(self, ctx: Context, fan_in: int, fan_out: int, role: Role) -> None:
+    def __init__(self, ctx: Context, fan_in: int, fan_out: int) -> None:
         super().__init__(fan_in, fan_out, dtype=ctx.dtype)
-        declare(self, weight=matrix(role, fan_out, fan_in), bias=vector(fan_out))
+        declare(self, weight=matrix(fan_out, fan_in), bias=vector(fan_out))
 
 
 class Readout(nn.Linear):
     """width -> finite: muP's output layer. The multiplier acts on the input and is set from the table."""
 
-    def __init__(self, ctx: Context, fan_out: int) -> None:
+    def __init__(self, ctx: Context, fan_out: int, *, gain: float | None = None) -> None:
         super().__init__(ctx.width, fan_out, dtype=ctx.dtype)
         self.multiplier = 1.0
-        declare(
-            self,
-            weight=matrix(Role.OUTPUT, fan_out, ctx.width),
-            bias=vector(fan_out, eps_follows_width=False),
-        )
+        if gain is None:
+            gain = 0.0 if ctx.config.mup.readout_init == "zero" else 1.0
+        declare(self, weight=matrix(fan_out, ctx.width, gain=gain), bias=vector(fan_out))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         return F.linear(x_SBD * self.multiplier, self.weight, self.bias)
@@ -110,6 +142,28 @@ class Table(nn.Embedding):
         declare(self, weight=table(rows, ctx.width))
 
 
+class Positions(nn.Module):
+    """Learned positions [tokens, D], added to whole tokens [tokens, B, D] before they are shared out."""
+
+    def __init__(self, ctx: Context, count: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(count, ctx.width, dtype=ctx.dtype))
+        declare(self, table=table(count, ctx.width, gain=0.02))
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        return x_TBD + self.table[:, None]
+
+
+class LayerNorm(nn.LayerNorm):
+    """With gain and bias [D]. On a slice of the tokens their gradients are partial; Megatron sums those so marked."""
+
+    def __init__(self, ctx: Context, *, tokens_sharded: bool = True, eps: float = 1e-5) -> None:
+        super().__init__(ctx.width, eps=eps, dtype=ctx.dtype)
+        declare(self, weight=vector(ctx.width, fill=1.0), bias=vector(ctx.width))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = tokens_sharded and ctx.megatron.sequence_parallel  # type: ignore[attr-defined]
+
+
 class HeadNorm(nn.Module):
     """RMSNorm of queries or keys over head_dim, with a gain shared by all heads.
 
@@ -121,7 +175,7 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(head_dim, dtype=ctx.dtype))
         self.eps = eps
-        declare(self, weight=vector(head_dim, fill=1.0, eps_follows_width=False))
+        declare(self, weight=vector(head_dim, fill=1.0))
 
     def forward(self, x_SBHd: Tensor) -> Tensor:
         return F.rms_norm(x_SBHd, self.weight.shape, self.weight, self.eps)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpdit.config import Optim
 from mpdit.errors import InputError
+from mpdit.mup import rules
 from mpdit.mup.table import Table, optimizer_groups
 from mpdit.parallel.context import Context
 
@@ -80,14 +81,15 @@ def build(ctx: Context, chunks: Sequence[Any], table: Table) -> tuple[Any, Optim
         for name, _ in chunk.module.named_parameters():
             if name not in table:
                 raise InputError(f"parameter {name} is not in the muP table; the optimizer refuses to guess its rule.")
+    beta1, beta2 = rules.betas(ctx.config)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
             min_lr=optim.lr * optim.final_lr_ratio,
             weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
+            adam_beta1=beta1,
+            adam_beta2=beta2,
             adam_eps=optim.eps,
             clip_grad=optim.clip,
             bf16=parallel.precision == "bf16",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpdit.parallel import accel
 from mpdit.parallel.context import Context
-from mpdit.parallel.stages import boundary_tokens
+from mpdit.parallel.stages import Crossing, Stage
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 
@@ -21,7 +21,7 @@ def forward_backward(
     chunks: Sequence[nn.Module],
     micro_batches: Sequence[Any],
     loss_function: LossFunction,
-    streams: dict[str, int],
+    crossing: Crossing,
     *,
     forward_only: bool = False,
 ) -> float:
@@ -31,6 +31,10 @@ def forward_backward(
     over this context rank's tokens. Returns the mean loss over micro-batches, data and context ranks, on every rank.
     """
     cp = ctx.config.parallel.cp
+    # Megatron divides the main loss by the number of micro-batches; an auxiliary one never comes by there.
+    share = 0.0 if forward_only else 1 / len(micro_batches)
+    for chunk in chunks if share else ():
+        _stage(chunk).auxiliary_losses.clear()
 
     def forward_step(iterator: Iterator[Any], stage: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         micro_batch = next(iterator)
@@ -40,11 +44,29 @@ def forward_backward(
             # Megatron multiplies by cp and DDP averages over data x context ranks. It divides in place: so a clone.
             return value / cp, {"loss": value.detach().clone()}
 
-        return stage(micro_batch.inputs), loss
+        return stage(micro_batch.inputs, share=share), loss
 
-    reported = _run(ctx, chunks, micro_batches, forward_step, streams, forward_only)
+    reported = _run(ctx, chunks, micro_batches, forward_step, crossing, forward_only)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    mean = torch.stack([r["loss"] for r in reported]).mean() if last else torch.zeros((), device=accel.device())
+    return _mean(ctx, [r["loss"] for r in reported] if last else [])
+
+
+def auxiliary_loss(ctx: Context, chunks: Sequence[nn.Module]) -> float:
+    """The mean auxiliary loss, without its weight, of the last :func:`forward_backward` with gradients; collective.
+
+    Over micro-batches, data and context ranks, on every rank; 0 if there is none.
+    """
+    return _mean(ctx, [loss for chunk in chunks for loss in _stage(chunk).auxiliary_losses])
+
+
+def _stage(chunk: Any) -> Stage:
+    """The stage under DDP, if it is."""
+    return chunk if isinstance(chunk, Stage) else chunk.module
+
+
+def _mean(ctx: Context, losses: list[Tensor]) -> float:
+    """Of the losses that the ranks of one stage have; other stages have none."""
+    mean = torch.stack(losses).mean() if losses else torch.zeros((), device=accel.device())
     mean = mean.float() / (dist.get_world_size() / ctx.config.parallel.pp)
     dist.all_reduce(mean)
     return mean.item()
@@ -52,18 +74,17 @@ def forward_backward(
 
 @torch.no_grad()
 def predict(
-    ctx: Context, chunks: Sequence[nn.Module], micro_batches: Sequence[Any], streams: dict[str, int]
+    ctx: Context, chunks: Sequence[nn.Module], micro_batches: Sequence[Any], crossing: Crossing
 ) -> list[Tensor]:
-    """The network's prediction [S, B, P] for each micro-batch, whole, on every rank of the model."""
+    """The network's prediction [S, B, K] for each micro-batch, whole, on every rank of the model."""
 
     def forward_step(iterator: Iterator[Any], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         return stage(next(iterator).inputs), lambda prediction, non_loss_data: prediction
 
-    outputs = _run(ctx, chunks, micro_batches, forward_step, streams, True, collect_non_loss_data=True)
+    outputs = _run(ctx, chunks, micro_batches, forward_step, crossing, True, collect_non_loss_data=True)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        rows = next(iter(streams.values())) // ctx.config.parallel.cp
-        features = ctx.config.model.patch**2 * ctx.config.model.channels
-        outputs = [torch.empty(rows, m.size, features, dtype=ctx.dtype, device=accel.device()) for m in micro_batches]
+        shapes = [(crossing.rows, m.size, crossing.features) for m in micro_batches]
+        outputs = [torch.empty(shape, dtype=ctx.dtype, device=accel.device()) for shape in shapes]
     for output in outputs:
         dist.broadcast(
             output,
@@ -87,7 +108,7 @@ def _run(
     chunks: Sequence[nn.Module],
     micro_batches: Sequence[Any],
     forward_step: Callable[..., Any],
-    streams: dict[str, int],
+    crossing: Crossing,
     forward_only: bool,
     **options: Any,
 ) -> list[Any]:
@@ -98,7 +119,7 @@ def _run(
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=boundary_tokens(ctx.config, streams),
+        seq_length=crossing.sequence_length,
         micro_batch_size=micro_batches[0].size,
         forward_only=forward_only,
         **options,

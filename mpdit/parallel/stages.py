@@ -1,30 +1,45 @@
 """Blocks onto pipeline stages, and the one packed tensor that crosses between them.
 
-Megatron passes a single tensor. It is ``[image tokens | text tokens | conditioning]`` along the sequence, so that the
-conditioning's gradients flow back through the pipeline and no embedder is replicated over stages. Token streams are
-this rank's share under context and sequence parallelism; conditioning is one token, whole on every rank.
+Megatron passes a single tensor. It holds all streams one after another along the sequence, for an MMDiT ``[image tokens
+| text tokens | conditioning]``, so that the conditioning's gradients flow back through the pipeline and no embedder is
+replicated over stages. Token streams are this rank's share under context and sequence parallelism; conditioning is
+whole on every rank. Every boundary gets the size of the largest: Megatron's schedules know one.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mpdit.config import Config
+from mpdit.config import Config, Parallel
 from mpdit.errors import InputError
+from mpdit.mup.roles import on_residual_branch
 from mpdit.parallel.context import Context
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """Tokens of the whole model that a block takes and gives. `split`: shared out under cp and sp; `keys`: whose
+    config keys say how many."""
+
+    name: str
+    tokens: int
+    split: bool = True
+    keys: str = "(model.image_size / model.patch)^2"
 
 
 class Parts(Protocol):
     """What a network brings: modules without any idea of stages.
 
-    embed(inputs) -> streams; block(*streams) -> the leading streams that it changes; head(*streams) -> prediction. The
-    last stream is the conditioning. ``streams()`` says how many tokens each token stream has in the whole.
+    embed(inputs) -> streams; block(*streams) -> streams; head(*streams) -> prediction [S, B, K] of this context rank's
+    image tokens. ``streams(done)`` are those that leave the first `done` blocks.
     """
 
     def embed(self) -> nn.Module: ...
@@ -33,7 +48,29 @@ class Parts(Protocol):
 
     def head(self) -> nn.Module: ...
 
-    def streams(self) -> dict[str, int]: ...
+    def streams(self, done: int) -> list[Stream]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Auxiliary:
+    """A loss beside the main one, on the streams that leave `block` (from 0), on whichever stage that is.
+
+    What `build` makes is called with (streams, inputs) and returns its mean over this context rank's tokens, or None
+    where the inputs have nothing to compare with.
+    """
+
+    block: int
+    weight: float
+    build: Callable[[], nn.Module]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Crossing:
+    """What Megatron's schedules and the prediction's receivers have to know of a network in a layout."""
+
+    sequence_length: int  # of the packed tensor, times cp, times tp under SP: Megatron divides by them
+    rows: int  # image tokens of this context rank
+    features: int  # of each in the prediction
 
 
 def split(config: Config) -> list[range]:
@@ -60,6 +97,19 @@ def split(config: Config) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
+class _Attach(torch.autograd.Function):
+    """`x` as it is; when its gradient passes, that of `loss` sets out, times `scale`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.gradient = torch.full_like(loss, scale)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], ctx.gradient, None
+
+
 class Stage(MegatronModule):
     """One pipeline chunk. Parameter names carry the global block index, so they are the same in every layout."""
 
@@ -67,75 +117,125 @@ class Stage(MegatronModule):
     model_type = ModelType.encoder_or_decoder  # asked by the schedules
 
     def __init__(
-        self, ctx: Context, parts: Parts, blocks: range, *, first: bool, last: bool, vp_stage: int | None
+        self,
+        ctx: Context,
+        parts: Parts,
+        blocks: range,
+        *,
+        first: bool,
+        last: bool,
+        vp_stage: int | None,
+        auxiliary: Auxiliary | None = None,
     ) -> None:
         super().__init__(ctx.megatron)
         self.ctx = ctx
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
-        self.token_counts = local_tokens(ctx.config, parts.streams())
+        self.received_tokens = local_tokens(ctx.config, parts.streams(blocks.start))
+        self.sent_tokens = _packed_tokens(ctx.config, parts)
         if first:
             self.embed = parts.embed()
-        self.blocks = nn.ModuleDict({str(index): parts.block(index) for index in blocks})
+        self.blocks = nn.ModuleDict({str(index): on_residual_branch(parts.block(index)) for index in blocks})
         if last:
             self.head = parts.head()
+        self.auxiliary = auxiliary if auxiliary is not None and auxiliary.block in blocks else None
+        if self.auxiliary is not None:
+            self.repa = self.auxiliary.build()
+        self.auxiliary_losses: list[Tensor] = []  # of the micro-batches so far, until whoever reads them clears them
         self._received: Tensor | None = None
 
     def set_input_tensor(self, tensors: Tensor | list[Tensor]) -> None:
         self._received = tensors[0] if isinstance(tensors, list) else tensors
 
-    def forward(self, inputs: object) -> Tensor:
-        streams = list(self.embed(inputs)) if self.pre_process else self._unpack()
-        for block in self.blocks.values():
-            changed = self._run(block, streams)
-            streams[: len(changed)] = changed
-        return self.head(*streams) if self.post_process else torch.cat(streams)
+    def forward(self, inputs: object, share: float = 0.0) -> Tensor:
+        """`share`: of this micro-batch in the step's loss, by which an auxiliary loss is scaled; 0: it is left out."""
+        streams = self.embed(inputs) if self.pre_process else self._unpack()
+        for index, block in self.blocks.items():
+            streams = self._run(block, streams)
+            if self.auxiliary is not None and int(index) == self.auxiliary.block and share and torch.is_grad_enabled():
+                streams = self._attach_loss(streams, inputs, self.auxiliary.weight * share)
+        return self.head(*streams) if self.post_process else self._pack(streams)
 
-    def _run(self, block: nn.Module, streams: list[Tensor]) -> Sequence[Tensor]:
+    def _attach_loss(self, streams: tuple[Tensor, ...], inputs: object, scale: float) -> tuple[Tensor, ...]:
+        loss = self.repa(streams, inputs)
+        if loss is None:
+            return streams
+        self.auxiliary_losses.append(loss.detach())
+        return _Attach.apply(streams[0], loss, scale), *streams[1:]
+
+    def _run(self, block: nn.Module, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.ctx.megatron.recompute_granularity == "full" and torch.is_grad_enabled():
             return tensor_parallel.checkpoint(block, False, *streams)
         return block(*streams)
 
-    def _unpack(self) -> list[Tensor]:
+    def _pack(self, streams: tuple[Tensor, ...]) -> Tensor:
+        packed = torch.cat(streams)
+        return F.pad(packed, (0, 0, 0, 0, 0, self.sent_tokens - len(packed)))
+
+    def _unpack(self) -> tuple[Tensor, ...]:
         assert self._received is not None
-        return list(self._received.split([*self.token_counts, 1]))
+        return self._received[: sum(self.received_tokens)].split(self.received_tokens)
 
 
-def local_tokens(config: Config, streams: dict[str, int]) -> list[int]:
+def local_tokens(config: Config, streams: list[Stream]) -> list[int]:
     """Tokens of each stream that a rank holds between blocks. Raises InputError where a stream does not divide."""
     parallel = config.parallel
     ways = parallel.cp * (parallel.tp if parallel.sp else 1)
-    for name, count in streams.items():
-        if count % ways:
-            key = "model.text_tokens" if name == "text" else "(model.image_size / model.patch)^2"
+    for stream in streams:
+        if stream.split and stream.tokens % ways:
             raise InputError(
-                f"{key} is {count} {name} tokens, which do not divide by {ways} (parallel.cp {parallel.cp}"
-                f"{f' x tp {parallel.tp} under sp' if parallel.sp else ''}); choose a multiple of {ways}."
+                f"{stream.keys} is {stream.tokens} {stream.name} tokens, which do not divide by {ways} (parallel.cp "
+                f"{parallel.cp}{f' x tp {parallel.tp} under sp' if parallel.sp else ''}); choose a multiple of {ways}."
             )
-    return [count // ways for count in streams.values()]
+    return [stream.tokens // ways if stream.split else stream.tokens for stream in streams]
 
 
-def boundary_tokens(config: Config, streams: dict[str, int]) -> int:
-    """The sequence length to tell Megatron's schedule: it divides by cp, and by tp under SP, to size its receives."""
-    parallel = config.parallel
-    return (sum(local_tokens(config, streams)) + 1) * parallel.cp * (parallel.tp if parallel.sp else 1)
+def _packed_tokens(config: Config, parts: Parts) -> int:
+    """The length of the packed tensor: what the fullest boundary needs."""
+    ends = [blocks.stop for blocks in split(config)[:-1]] or [0]
+    return max(sum(local_tokens(config, parts.streams(done))) for done in ends)
 
 
-def build(ctx: Context, parts: Parts) -> list[Stage]:
+def crossing(config: Config, parts: Parts, features: int) -> Crossing:
+    """The sizes of what crosses between stages and of the prediction. Raises InputError where tokens don't divide."""
+    model, parallel = config.model, config.parallel
+    local_tokens(config, parts.streams(0))
+    image_tokens = (model.image_size // model.patch) ** 2
+    if image_tokens % parallel.cp:
+        raise InputError(
+            f"(model.image_size / model.patch)^2 is {image_tokens} image tokens, which do not divide by parallel.cp "
+            f"{parallel.cp}."
+        )
+    return Crossing(
+        sequence_length=_packed_tokens(config, parts) * parallel.cp * (parallel.tp if parallel.sp else 1),
+        rows=image_tokens // parallel.cp,
+        features=features,
+    )
+
+
+def _own_chunks(parallel: Parallel) -> list[int]:
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    return [v * parallel.pp + rank for v in range(parallel.vpp)]
+
+
+def holds(config: Config, block: int) -> bool:
+    """Whether this rank has the block, counted from 0."""
+    chunks = split(config)
+    return any(block in chunks[index] for index in _own_chunks(config.parallel))
+
+
+def build(ctx: Context, parts: Parts, auxiliary: Auxiliary | None = None) -> list[Stage]:
     """This rank's chunks, uninitialised, on the CPU."""
     parallel = ctx.config.parallel
     chunks = split(ctx.config)
-    rank = parallel_state.get_pipeline_model_parallel_rank()
-    stages = []
-    for v in range(parallel.vpp):
-        index = v * parallel.pp + rank
-        stages.append(
-            Stage(
-                ctx,
-                parts,
-                chunks[index],
-                first=index == 0,
-                last=index == len(chunks) - 1,
-                vp_stage=v if parallel.vpp > 1 else None,
-            )
+    return [
+        Stage(
+            ctx,
+            parts,
+            chunks[index],
+            first=index == 0,
+            last=index == len(chunks) - 1,
+            vp_stage=v if parallel.vpp > 1 else None,
+            auxiliary=auxiliary,
         )
-    return stages
+        for v, index in enumerate(_own_chunks(parallel))
+    ]

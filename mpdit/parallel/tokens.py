@@ -3,6 +3,10 @@
 Models call these by name and never ask how many ranks there are; each is the identity where there is nothing to split.
 """
 
+from typing import Any
+
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core import tensor_parallel as tp
 from torch import Tensor
@@ -27,3 +31,24 @@ def gather(ctx: Context, x_SBD: Tensor) -> Tensor:
     if not ctx.megatron.sequence_parallel:
         return x_SBD
     return tp.gather_from_sequence_parallel_region(x_SBD, tensor_parallel_output_grad=False)
+
+
+class _JoinContext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_S: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        shares = [torch.empty_like(x_S) for _ in range(group.size())]
+        dist.all_gather(shares, x_S.contiguous(), group=group)
+        return torch.cat(shares)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole = grads[0].contiguous().clone()
+        dist.all_reduce(whole, group=ctx.group)
+        return whole.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
+def join_context(x_S: Tensor) -> Tensor:
+    """All context ranks' tokens, in order, on each of them; what each makes of them adds to the gradient."""
+    group = parallel_state.get_context_parallel_group()
+    return x_S if group.size() == 1 else _JoinContext.apply(x_S, group)

@@ -11,7 +11,7 @@ from mpdit.config import Config
 from mpdit.models.layers import Inputs, unpatchify
 from mpdit.objective import draws
 from mpdit.parallel import accel, groups
-from mpdit.sample.samplers import euler, guided
+from mpdit.sample import samplers
 
 Tokens = Callable[[Sequence[str]], Tensor]  # captions -> ids [B, L]
 Predict = Callable[[list[Any]], list[Tensor]]  # micro-batches -> predictions [S, B, P]
@@ -35,7 +35,11 @@ def draw(
     text = tokens([prompts[int(i)] for i in mine]).to(accel.device())
     null = tokens([""] * len(mine)).to(accel.device())
 
-    def velocity(x_BCHW: Tensor, t: float) -> Tensor:
+    def noise_of_step(step: int) -> Tensor:
+        visits = np.full_like(mine, step + 1)  # visit 0 is where it starts from
+        return draws.noise(sample.seed, first + mine, visits, shape).to(accel.device())
+
+    def predicted(x_BCHW: Tensor, t: float) -> Tensor:
         time_B = torch.full((len(mine),), t, device=x_BCHW.device)
 
         def micro_batches(ids: Tensor) -> list[Any]:
@@ -44,11 +48,19 @@ def draw(
 
         asked = micro_batches(text) + (micro_batches(null) if sample.guidance != 1 else [])
         whole = torch.cat([p.float() for p in predict(asked)], 1)
-        predicted = unpatchify(whole, model.patch, model.image_size, model.image_size)
+        prediction = unpatchify(whole, model.patch, model.image_size, model.image_size)
         if sample.guidance == 1:
-            return predicted
-        conditional, unconditional = predicted.chunk(2)
-        return guided(conditional, unconditional, sample.guidance)
+            return prediction
+        conditional, unconditional = prediction.chunk(2)
+        return samplers.guided_prediction(conditional, unconditional, sample.guidance, model.learn_sigma)
 
-    images = euler(velocity, noise, sample.steps).clamp(-1, 1)
+    images = samplers.sample(
+        sample.sampler,
+        config.objective.kind,
+        predicted,
+        noise,
+        sample.steps,
+        learn_sigma=model.learn_sigma,
+        noise_of_step=noise_of_step,
+    ).clamp(-1, 1)
     return groups.gather_over_data(images)[: len(prompts)].cpu()

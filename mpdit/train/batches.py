@@ -8,34 +8,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpdit import objective
 from mpdit.config import Config
 from mpdit.data.decode import Loader, decode
 from mpdit.data.plan import Plan
 from mpdit.data.shards import Shards
 from mpdit.data.text import Tokenizer
+from mpdit.models import repa
 from mpdit.models.layers import Inputs, patchify
-from mpdit.objective import draws, flow
-from mpdit.parallel import accel, groups, tokens
+from mpdit.objective import draws
+from mpdit.objective.repa import Teacher
+from mpdit.parallel import accel, groups, stages, tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class FlowBatch:
-    """A micro-batch of `size` images. Stages in the middle of the pipeline have neither inputs nor target."""
+class Batch:
+    """A micro-batch of `size` images. Stages in the middle of the pipeline have neither inputs nor target,
+    unless REPA teaches a block there."""
 
     size: int
     inputs: Inputs | None = None
-    target_SBP: Tensor | None = None
+    target_SBP: dict[str, Tensor] | None = None  # what the objective compares with, as tokens
     weight_B: Tensor | None = None  # of each image in the loss; None: all one
     sample_key: int = 0  # of the (sample id, visit) pairs in it, whatever their order; sums over micro-batches
 
 
-def loss(prediction_SBP: Tensor, batch: FlowBatch) -> Tensor:
-    """Mean squared error of the velocity over this context rank's tokens, in fp32."""
+def loss(config: Config, prediction_SBK: Tensor, batch: Batch) -> Tensor:
+    """The objective's mean over this context rank's tokens, in fp32."""
     assert batch.target_SBP is not None
-    error_SBP = (prediction_SBP.float() - batch.target_SBP).square()
-    if batch.weight_B is None:
-        return error_SBP.mean()
-    return (error_SBP.mean((0, 2)) * batch.weight_B).mean()
+    assert batch.inputs is not None
+    model = config.model
+    loss_B = objective.of(config.objective.kind).loss(
+        prediction_SBK,
+        batch.target_SBP,
+        batch.inputs.time_B,
+        learn_sigma=model.learn_sigma,
+        channels=model.channels,
+    )
+    return (loss_B if batch.weight_B is None else loss_B * batch.weight_B).mean()
 
 
 def sample_key(sample_ids: np.ndarray, visits: np.ndarray) -> int:
@@ -45,7 +55,7 @@ def sample_key(sample_ids: np.ndarray, visits: np.ndarray) -> int:
     return sum(int.from_bytes(d, "little") for d in digests) % 2**48
 
 
-def flow_batch(
+def batch_of(
     config: Config,
     tokenizer: Tokenizer,
     images_BCHW: Tensor,
@@ -54,20 +64,46 @@ def flow_batch(
     visits: np.ndarray,
     *,
     drop_captions: bool,
-) -> FlowBatch:
-    """Noise images and drop captions, as (seed, sample id, visit) says."""
-    seed, device = config.train.seed, accel.device()
-    pair = flow.noised(images_BCHW.to(device), config.objective, seed, sample_ids, visits)
+) -> Batch:
+    """Drop captions, as (seed, sample id, visit) says, and noise images."""
     if drop_captions:
-        dropped = draws.uniform(seed, "caption drop", sample_ids, visits) < config.data.caption_drop
+        dropped = draws.uniform(config.train.seed, "caption drop", sample_ids, visits) < config.data.caption_drop
         captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
     text_BL = torch.from_numpy(tokenizer.encode(captions, config.model.text_tokens))
-    return FlowBatch(
+    device = accel.device()
+    return noised_batch(config, images_BCHW.to(device), text_BL.to(device), sample_ids, visits)
+
+
+def noised_batch(
+    config: Config, images_BCHW: Tensor, text_BL: Tensor, sample_ids: np.ndarray, visits: np.ndarray
+) -> Batch:
+    """The objective's question and answer, noised as (seed, sample id, visit) says; tensors on the device."""
+    kind = objective.of(config.objective.kind)
+    pair = kind.noised(images_BCHW, config.objective, config.train.seed, sample_ids, visits)
+    return Batch(
         size=len(sample_ids),
-        inputs=Inputs(image_BCHW=pair.noisy_BCHW, time_B=pair.time_B, text_BL=text_BL.to(device)),
-        target_SBP=tokens.own_context(patchify(pair.target_BCHW, config.model.patch)),
+        inputs=Inputs(image_BCHW=pair.noisy_BCHW, time_B=pair.time_B, text_BL=text_BL),
+        target_SBP={
+            name: tokens.own_context(patchify(target_BCHW, config.model.patch))
+            for name, target_BCHW in pair.target.items()
+        },
         sample_key=sample_key(sample_ids, visits),
     )
+
+
+def _teacher(config: Config) -> Teacher | None:
+    """REPA's, on the stage with the block that it teaches; None elsewhere, and where REPA is off."""
+    model = config.model
+    if not config.objective.repa_weight or not stages.holds(config, repa.block_index(config)):
+        return None
+    return Teacher.open(config.objective, model.image_size // model.patch, model.channels, accel.device())
+
+
+def with_features(batch: Batch, teacher: Teacher, images_BCHW: Tensor) -> Batch:
+    """`batch`, whose clean images are `images_BCHW`, with what REPA compares this context rank's tokens with."""
+    assert batch.inputs is not None
+    features_SBF = tokens.own_context(teacher.features(images_BCHW.to(accel.device())))
+    return dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, teacher_SBF=features_SBF))
 
 
 class TrainFeed:
@@ -76,8 +112,9 @@ class TrainFeed:
     def __init__(self, config: Config, shards: Shards, plan: Plan, tokenizer: Tokenizer, start_step: int) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.micro_batches = plan.share(groups.data_size(), config.parallel.micro_batch) // config.parallel.micro_batch
+        self.teacher = _teacher(config)
         self.loader: Loader | None = None
-        if groups.is_first_stage() or groups.is_last_stage():
+        if groups.is_first_stage() or groups.is_last_stage() or self.teacher is not None:
             self.loader = Loader(
                 shards,
                 plan,
@@ -95,16 +132,17 @@ class TrainFeed:
     def _mirror(self, sample_ids: np.ndarray, visits: np.ndarray) -> np.ndarray:
         return draws.uniform(self.config.train.seed, "mirror", sample_ids, visits) < 0.5
 
-    def next(self) -> list[FlowBatch]:
+    def next(self) -> list[Batch]:
         """The micro-batches of the next step."""
         return [self._micro_batch() for _ in range(self.micro_batches)]
 
-    def _micro_batch(self) -> FlowBatch:
+    def _micro_batch(self) -> Batch:
         if self.loader is None:
-            return FlowBatch(size=self.config.parallel.micro_batch)
+            return Batch(size=self.config.parallel.micro_batch)
         m = self.loader.next()
         ids, visits = m.sample_ids.numpy(), m.visits.numpy()
-        return flow_batch(self.config, self.tokenizer, m.images, m.captions, ids, visits, drop_captions=True)
+        batch = batch_of(self.config, self.tokenizer, m.images, m.captions, ids, visits, drop_captions=True)
+        return batch if self.teacher is None else with_features(batch, self.teacher, m.images)
 
     def close(self) -> None:
         if self.loader is not None:
@@ -116,7 +154,7 @@ def validation_samples(shards: Shards, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, len(shards) - 1, min(count, len(shards))).round().astype(np.int64))
 
 
-def validation_batches(config: Config, shards: Shards, tokenizer: Tokenizer) -> list[FlowBatch]:
+def validation_batches(config: Config, shards: Shards, tokenizer: Tokenizer) -> list[Batch]:
     """This rank's share of the validation set with fixed noise and times; padded with weightless images to divide."""
     ids = validation_samples(shards, config.train.val_images)
     size, ranks = config.parallel.micro_batch, groups.data_size()
@@ -130,16 +168,16 @@ def validation_batches(config: Config, shards: Shards, tokenizer: Tokenizer) -> 
 
 def _fixed_batches(
     config: Config, shards: Shards, tokenizer: Tokenizer, ids: np.ndarray, weight: np.ndarray
-) -> Iterator[FlowBatch]:
+) -> Iterator[Batch]:
     size, side = config.parallel.micro_batch, config.model.image_size
     for start in range(0, len(ids), size):
         part = slice(start, start + size)
         if not (groups.is_first_stage() or groups.is_last_stage()):
-            yield FlowBatch(size=size)
+            yield Batch(size=size)
             continue
         encoded, captions = zip(*(shards.read(int(i)) for i in ids[part]), strict=True)
         names = [shards.where(int(i)) for i in ids[part]]
         images_BCHW = decode(encoded, side, side, channels=config.model.channels, names=names, device=accel.device())
         visits = np.full(size, draws.VALIDATION_VISIT)
-        batch = flow_batch(config, tokenizer, images_BCHW, captions, ids[part], visits, drop_captions=False)
+        batch = batch_of(config, tokenizer, images_BCHW, captions, ids[part], visits, drop_captions=False)
         yield dataclasses.replace(batch, weight_B=torch.from_numpy(weight[part]).float().to(accel.device()))

@@ -20,6 +20,7 @@ import torch
 from mpdit.config import Config, to_dict
 from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
+from mpdit.models import repa
 from mpdit.parallel import groups, optimizer, sharded
 from mpdit.train.session import Network, Session
 
@@ -72,10 +73,14 @@ def save(session: Session, config: Config, position: Position, run_dir: Path) ->
 
 
 def _network(config: Config) -> dict[str, Any]:
-    """What makes it another network: the model, and the part of its muP that acts in the forward pass."""
+    """What makes it another network: the model, the part of its muP that acts in the forward pass, REPA's projector."""
     mup = to_dict(config.mup)
     forward = ("parametrization", "base_width", "base_head_dim", "output_mult")
-    return {"model": to_dict(config.model), "mup": {key: mup[key] for key in forward}}
+    objective = {}
+    if config.objective.repa_weight:  # how heavy it weighs may change, what it aligns with what may not
+        teacher = Path(config.objective.repa_teacher).name
+        objective = {"repa": f"after block {repa.block_index(config) + 1}, teacher {teacher}"}
+    return {"model": to_dict(config.model), "mup": {key: mup[key] for key in forward}, "objective": objective}
 
 
 def _tensors(session: Session) -> dict[str, Any]:
@@ -186,7 +191,7 @@ def position(path: Path, config: Config) -> Position:
     if state.get("format") != FORMAT:
         raise InputError(f"{path}: has format {state.get('format')!r}, this version reads {FORMAT!r}.")
     for section, mine in _network(config).items():
-        theirs = state[section]
+        theirs = state.get(section, {})
         for key in sorted((mine.keys() | theirs.keys()) - {"preset"}):
             if mine.get(key) != theirs.get(key):
                 raise InputError(
@@ -197,10 +202,10 @@ def position(path: Path, config: Config) -> Position:
 
 
 def same_tokenizer(path: Path, at: Position, tokenizer: Tokenizer) -> None:
-    """Raises InputError if the data set's tokenizer is not the one that the checkpoint's run was trained with."""
+    """Raises InputError if the data set's tokens or labels are not those that the run was trained with."""
     if tokenizer.sha256 != at.tokenizer_sha256:
         raise InputError(
-            f"{path}: was trained with a sentencepiece model of SHA-256 {at.tokenizer_sha256[:16]}…, but that of "
+            f"{path}: was trained with a text model of SHA-256 {at.tokenizer_sha256[:16]}…, but that of "
             f"data.path has {tokenizer.sha256[:16]}…; give the data set that the run was trained on."
         )
 

@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 
 from mpdit.config import Config, dump, to_dict
+from mpdit.data import text
 from mpdit.data.plan import Plan
 from mpdit.data.shards import Shards
-from mpdit.data.text import Tokenizer
 from mpdit.errors import CheckFailed, InputError
 from mpdit.mup.table import rows
 from mpdit.parallel import groups
@@ -38,8 +37,7 @@ class Sets:
 
     train: Shards
     val: Shards
-    tokenizer: Tokenizer
-    tokenizer_path: Path
+    tokenizer: text.Tokenizer
     plan: Plan
 
     @classmethod
@@ -51,10 +49,7 @@ class Sets:
             seed=config.train.seed,
             fingerprint=train.fingerprint,
         )
-        file = train.tokenizer
-        assert file is not None  # preflight has looked
-        tokenizer = Tokenizer.open(file.path, file.sha256)
-        return cls(train=train, val=val, tokenizer=tokenizer, tokenizer_path=file.path, plan=plan)
+        return cls(train=train, val=val, tokenizer=text.of_data_set(config.data.text, train), plan=plan)
 
 
 def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]:
@@ -133,7 +128,7 @@ class _Recorder:
         if self.first:
             open_values = dataclasses.replace(config, parallel=asked.parallel)
             (self.dir / "config.yaml").write_text(redact_uri(dump(open_values)), encoding="utf-8")
-            shutil.copyfile(sets.tokenizer_path, self.dir / "tokenizer.model")  # pictures need no data set
+            sets.tokenizer.save(self.dir)  # pictures need no data set
             _write_json(self.dir / "mup_table.json", rows(run.network.table))
             _write_json(self.dir / "environment.json", environment())
             self.metrics = self._open.enter_context(Metrics(self.dir / "metrics.jsonl", start))
@@ -170,7 +165,7 @@ class _Run:
 
     def __init__(self, config: Config, sets: Sets, run: Session, recorder: _Recorder) -> None:
         self.config, self.sets, self.run, self.recorder = config, sets, run, recorder
-        self._val: list[batches.FlowBatch] | None = None
+        self._val: list[batches.Batch] | None = None
         self._ema_due = False
 
     def from_step(self, start: int) -> None:
@@ -200,6 +195,7 @@ class _Run:
         micro_batches = feed.next()
         data_s = time.monotonic() - began
         loss = self._finite(self.run.forward_backward(micro_batches), "loss", step)
+        repa_loss = {"repa_loss": self.run.repa_loss()} if self.config.objective.repa_weight else {}
         self._average()  # of the step before: only now are its parameters everywhere (overlap_param_gather)
         lr = self.run.scheduler.get_lr({})  # the base value's; a group's own stands in the muP table
         norm = self._finite(self.run.update(), "gradient norm", step)
@@ -209,6 +205,7 @@ class _Run:
         return {
             "step": step,
             "loss": loss,
+            **repa_loss,
             "lr": lr,
             "grad_norm": norm,
             "images": (step + 1) * batch,

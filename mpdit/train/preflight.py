@@ -9,11 +9,15 @@ from typing import Any
 
 from mpdit import models
 from mpdit.config import Config, to_dict
+from mpdit.data import text
 from mpdit.data.shards import Shards
-from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
+from mpdit.models import repa
+from mpdit.mup import rules
 from mpdit.mup.roles import Group
+from mpdit.objective import repa as teachers
 from mpdit.parallel import context, groups, stages
+from mpdit.sample import samplers
 
 
 def check(config: Config, world: int) -> Config:
@@ -22,21 +26,27 @@ def check(config: Config, world: int) -> Config:
     Raises InputError for the first thing that can't work, naming key, value and remedy. Reads the data set's manifest
     and indices, builds nothing.
     """
-    data_ranks = layout(config, world)
     _run_dir(Path(config.run.dir))
-    config = _micro_batch(config, data_ranks)
+    config = without_data(config, world)
     shards = Shards.open(config.data.path, "train")
     Shards.open(config.data.path, "val")
+    _teacher(config)
     return _vocabulary(config, shards)
+
+
+def without_data(config: Config, world: int) -> Config:
+    """:func:`check` of all that needs no data set: numbers, model, layout, the micro-batch. Raises InputError."""
+    return _micro_batch(config, layout(config, world))
 
 
 def layout(config: Config, world: int) -> int:
     """Check numbers, model and layout alone, without data; the number of data-parallel ranks. Raises InputError."""
     _ranges(config)
     _shapes(config)
+    _network(config)
     data_ranks = groups.data_parallel_size(config.parallel, world)
     stages.split(config)
-    stages.local_tokens(config, models.parts(context.build(config)).streams())
+    models.crossing(context.build(config))
     return data_ranks
 
 
@@ -53,7 +63,8 @@ _BOUNDS = {
     **dict.fromkeys(
         (
             *("model.width", "model.depth", "model.head_dim", "model.mlp_ratio", "model.patch", "model.image_size"),
-            *("model.channels", "model.text_tokens", "mup.base_width", "mup.base_head_dim"),
+            *("model.channels", "model.text_tokens", "mup.base_width", "mup.base_depth", "mup.base_head_dim"),
+            *("mup.base_batch_size", "mup.base_images"),
             *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp"),
             *("train.steps", "train.batch_size", "train.log_every", "train.val_images", "sample.steps"),
         ),
@@ -62,7 +73,8 @@ _BOUNDS = {
     **dict.fromkeys(
         (
             *("parallel.micro_batch", "data.workers", "train.save_every", "train.val_every", "train.sample_every"),
-            *("train.keep_last", "model.vocab_size", "optim.warmup_steps", "optim.decay_steps"),
+            *("train.keep_last", "model.vocab_size", "model.text_dim", "optim.warmup_steps", "optim.decay_steps"),
+            *("objective.repa_weight", "objective.repa_block"),
             *("optim.lr", "optim.weight_decay", "optim.clip", "mup.output_mult", "objective.logit_std"),
             *(f"mup.lr_mult.{group}" for group in Group),
         ),
@@ -123,6 +135,12 @@ def _shapes(config: Config) -> None:
             f"model.channels is {model.channels}{preset}, but this version trains in pixel space; it should be 3 (RGB) "
             "or 1 (gray)."
         )
+    if model.text_dim:
+        preset = f" (of preset {model.preset})" if model.preset else ""
+        raise InputError(
+            f"model.text_dim is {model.text_dim}{preset}, features of a text encoder, which this version does not "
+            "have; set it to 0 for a learned table of sentencepiece pieces."
+        )
     if parallel.sp and parallel.tp == 1:
         raise InputError("parallel.sp shards tokens over the tensor ranks: it needs parallel.tp of at least 2.")
     if parallel.vpp > 1 and parallel.pp == 1:
@@ -131,6 +149,41 @@ def _shapes(config: Config) -> None:
         raise InputError(
             "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce."
         )
+
+
+def _network(config: Config) -> None:
+    """What one architecture or objective asks of other sections."""
+    model, kind = config.model, config.objective.kind
+    if model.arch == "dit" and config.data.text != "labels":
+        raise InputError(
+            f"model.arch dit is conditioned on class labels, but data.text is {config.data.text}; set data.text=labels "
+            "and model.text_tokens=1, on a data set with classes."
+        )
+    if model.arch == "uvit" and model.depth % 2 == 0:
+        raise InputError(
+            f"model.depth {model.depth} should be odd for uvit: its blocks are h in, one in the middle, h out."
+        )
+    if model.learn_sigma and kind != "ddpm":
+        raise InputError(f"model.learn_sigma predicts the variance of ddpm, but objective.kind is {kind}.")
+    if config.objective.repa_block > model.depth:
+        raise InputError(
+            f"objective.repa_block is {config.objective.repa_block}, but model.depth is {model.depth}; it should be "
+            f"the number of a block, 1 to {model.depth}, or 0 for a third of the depth."
+        )
+    samplers.check(config.sample.sampler, kind)
+    beta1, beta2 = rules.betas(config)
+    if min(beta1, beta2) < 0:
+        raise InputError(
+            f"mup.base_batch_size {config.mup.base_batch_size} and base_images {config.mup.base_images} turn "
+            f"optim.beta1 and beta2 into {beta1:.4g} and {beta2:.4g}, below 0; the batch is too much larger than the "
+            "proxy's."
+        )
+
+
+def _teacher(config: Config) -> None:
+    if config.objective.repa_weight:
+        repa.teacher_features(config.objective)
+        teachers.check(config.objective, config.model.channels)
 
 
 def _micro_batch(config: Config, data_ranks: int) -> Config:
@@ -156,12 +209,12 @@ def _micro_batch(config: Config, data_ranks: int) -> Config:
 
 
 def _vocabulary(config: Config, shards: Shards) -> Config:
-    if shards.tokenizer is None:
-        raise InputError(f"{config.data.path}/manifest.json names no tokenizer; build the data set again.")
-    tokenizer = Tokenizer.open(shards.tokenizer.path, shards.tokenizer.sha256)
+    tokenizer = text.of_data_set(config.data.text, shards)
+    tokenizer.encode(config.sample.prompts, config.model.text_tokens)  # labels refuse what they can't say
     found, wanted = tokenizer.vocab_size, config.model.vocab_size
     if wanted not in (0, found):
         raise InputError(
-            f"model.vocab_size is {wanted}, but the tokenizer of {config.data.path} has {found} pieces; leave it out."
+            f"model.vocab_size is {wanted}, but the captions of {config.data.path} are of {found} different tokens; "
+            "leave it out."
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=found))

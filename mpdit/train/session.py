@@ -9,13 +9,15 @@ import torch
 from mpdit import models
 from mpdit.config import Config
 from mpdit.data.text import Tokenizer
+from mpdit.models import repa
 from mpdit.mup.roles import collect
 from mpdit.mup.table import Table, merge, resolve
 from mpdit.parallel import accel, context, groups, init, optimizer, schedule, stages
 from mpdit.parallel.context import Context
+from mpdit.parallel.stages import Crossing
 from mpdit.sample import draw as sampling
 from mpdit.train import batches
-from mpdit.train.batches import FlowBatch
+from mpdit.train.batches import Batch
 from mpdit.train.ema import EMA
 
 
@@ -26,16 +28,19 @@ class Network:
     ctx: Context
     chunks: list[Any]  # Stage, or Stage under DDP
     table: Table  # of the whole model
-    streams: dict[str, int]
+    crossing: Crossing
 
-    def predict(self, micro_batches: list[FlowBatch]) -> list[torch.Tensor]:
-        return schedule.predict(self.ctx, self.chunks, micro_batches, self.streams)
+    def loss(self, prediction_SBK: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return batches.loss(self.ctx.config, prediction_SBK, batch)
 
-    def validate(self, micro_batches: list[FlowBatch]) -> float:
+    def predict(self, micro_batches: list[Batch]) -> list[torch.Tensor]:
+        return schedule.predict(self.ctx, self.chunks, micro_batches, self.crossing)
+
+    def validate(self, micro_batches: list[Batch]) -> float:
         """The mean loss, without gradients, on every rank."""
         with torch.no_grad():
             return schedule.forward_backward(
-                self.ctx, self.chunks, micro_batches, batches.loss, self.streams, forward_only=True
+                self.ctx, self.chunks, micro_batches, self.loss, self.crossing, forward_only=True
             )
 
 
@@ -46,13 +51,17 @@ class Session:
     scheduler: Any
     ema: EMA
 
-    def forward_backward(self, micro_batches: list[FlowBatch]) -> float:
+    def forward_backward(self, micro_batches: list[Batch]) -> float:
         """Zero the gradients, run the micro-batches, leave reduced gradients; the mean loss, on every rank."""
         for chunk in self.network.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         network = self.network
-        return schedule.forward_backward(network.ctx, network.chunks, micro_batches, batches.loss, network.streams)
+        return schedule.forward_backward(network.ctx, network.chunks, micro_batches, network.loss, network.crossing)
+
+    def repa_loss(self) -> float:
+        """REPA's mean loss of the last :meth:`forward_backward`, without its weight, on every rank; collective."""
+        return schedule.auxiliary_loss(self.network.ctx, self.network.chunks)
 
     def update(self) -> float:
         """Clip, step the optimizer and the schedule; the global gradient norm before clipping."""
@@ -76,7 +85,7 @@ def draw(network: Network, config: Config, prompts: Sequence[str], tokenizer: To
             prompts[first : first + at_once],
             lambda captions: torch.from_numpy(tokenizer.encode(captions, config.model.text_tokens)),
             network.predict,
-            lambda inputs, size: FlowBatch(inputs=inputs, size=size),
+            lambda inputs, size: Batch(inputs=inputs, size=size),
             first=first,
         )
         for first in range(0, len(prompts), at_once)
@@ -84,22 +93,25 @@ def draw(network: Network, config: Config, prompts: Sequence[str], tokenizer: To
     return torch.cat(images)
 
 
-def build_network(config: Config) -> Network:
-    """Stages with the initial weights of (seed, name, global shape), in eval order of the layout. Collective."""
+def build_network(config: Config, *, training: bool = False) -> Network:
+    """Stages with the initial weights of (seed, name, global shape), in eval order of the layout. Collective.
+
+    `training`: with what only training needs, REPA's projector. Pictures can be drawn where its teacher is not.
+    """
     ctx = context.build(config)
     parts = models.parts(ctx)
-    chunks = stages.build(ctx, parts)
+    chunks = stages.build(ctx, parts, repa.auxiliary(ctx, parts) if training else None)
     tags = merge(groups.gather_over_stages({n: t for chunk in chunks for n, t in collect(chunk).items()}))
     table = resolve(tags, config)
     for chunk in chunks:
         init.initialise(chunk, table, config.train.seed)
         chunk.to(accel.device())
-    return Network(ctx=ctx, chunks=chunks, table=table, streams=parts.streams())
+    return Network(ctx=ctx, chunks=chunks, table=table, crossing=models.crossing(ctx))
 
 
 def build(config: Config) -> Session:
     """A session at step 0. Collective. Raises InputError for an untagged parameter."""
-    bare = build_network(config)
+    bare = build_network(config, training=True)
     chunks = optimizer.wrap(bare.ctx, bare.chunks)
     network = dataclasses.replace(bare, chunks=chunks)
     adam, scheduler = optimizer.build(bare.ctx, chunks, bare.table)

@@ -134,11 +134,26 @@ def test_no_such_split(folder: Path) -> None:
         (lambda m: shard_entry(m).update(tar="/etc/passwd"), "plain name"),
         (lambda m: shard_entry(m).update(index=".."), "plain name"),
         (lambda m: m["tokenizer"].update(file="a/../../b"), "plain name"),
+        (lambda m: m.update(classes={"a": 1}), "manifest.json: classes is {'a': 1}, .* list of distinct names"),
+        (lambda m: m.update(classes=[]), "classes is \\[\\], .* list of distinct names"),
+        (lambda m: m.update(classes=["a", 2]), "list of distinct names"),
+        (lambda m: m.update(classes=["a", "b", "a"]), "list of distinct names"),
+        (lambda m: m.update(classes=["a", ""]), "list of distinct names"),
+        (lambda m: m.update(classes=["a\n", "b"]), "list of distinct names"),
+        (lambda m: m.update(classes=["a"] * 9999), "…, but should be a list"),
     ],
 )
 def test_bad_manifest(folder: Path, change, message: str) -> None:
     edit_manifest(folder, change)
     assert re.search(message, refusal(folder))
+
+
+@pytest.mark.parametrize(("given", "classes"), [(["b", "a", "é"], ("b", "a", "é")), (None, None)])
+def test_classes_are_those_of_the_manifest_in_its_order(folder: Path, given, classes) -> None:
+    """Sorting them, or making some up where there are none, would give the captions other numbers."""
+    assert Shards.open(folder, "train").classes is None
+    edit_manifest(folder, lambda m: m.update(classes=given))
+    assert Shards.open(folder, "train").classes == classes
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])

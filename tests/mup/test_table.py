@@ -43,16 +43,19 @@ def one_step(rank: int, world: int, config: Config) -> dict[str, Any]:
     run.forward_backward(feed.next())
     run.update()
     feed.close()
-    held = {}
+    held, betas = {}, set()
     for parameter, slot in optimizer.slots(run.optimizer).items():
         name = next(n for n, p in named.items() if p is parameter)
         held[name] = tuple(slot.group[key] for key in ("lr", "min_lr", "eps", "weight_decay"))
+        betas.add(slot.group["betas"])
         assert any(p is slot.main for p in slot.group["params"])
-    readouts = [
-        m.multiplier for chunk in run.network.chunks for m in chunk.module.modules() if hasattr(m, "multiplier")
-    ]
+    modules = [module for chunk in run.network.chunks for module in chunk.module.modules()]
+    acting = {
+        name: [getattr(module, name) for module in modules if hasattr(module, name)]
+        for name in ("multiplier", "residual_multiplier")
+    }
     groups.stop()
-    return {"rows": rows(run.network.table), "weights": weights, "held": held, "readouts": readouts}
+    return {"rows": rows(run.network.table), "weights": weights, "held": held, "betas": betas, "acting": acting}
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +87,20 @@ def test_rows_of_an_mmdit(from_layout: Any) -> None:
     rows = {row["name"]: row for row in from_layout("one process")[0]["rows"]}
     expected = {
         # name: role, group, shape, fan_in, fan_out, init std, lr, weight decay, eps, multiplier
-        "embed.patch.weight":               ("input", "input", [32, 27], 27, 32, 27**-0.5, 6e-3, 0.1, 5e-7, 1),
+        "embed.patch.linear.weight":        ("input", "input", [32, 27], 27, 32, 27**-0.5, 6e-3, 0.1, 5e-7, 1),
         "embed.time.linear_1.weight":       ("input", "input", [32, 256], 256, 32, 1 / 16, 6e-3, 0.1, 5e-7, 1),
         "embed.time.linear_2.weight":       ("hidden", "hidden", [32, 32], 32, 32, 32**-0.5, 4e-3, 0.2, 5e-7, 1),
         "embed.pooled.linear_1.weight":     ("hidden", "hidden", [32, 32], 32, 32, 32**-0.5, 4e-3, 0.2, 5e-7, 1),
-        "blocks.3.img.qkv.weight":          ("hidden", "hidden", [96, 32], 32, 96, 32**-0.5, 4e-3, 0.2, 5e-7, 1),
-        "blocks.0.txt.fc1.weight":          ("hidden", "hidden", [128, 32], 32, 128, 32**-0.5, 4e-3, 0.2, 5e-7, 1),
-        "blocks.2.img.fc2.weight":          ("hidden", "hidden", [32, 128], 128, 32, 128**-0.5, 4e-3, 0.2, 5e-7, 1),
+        "blocks.3.img.qkv.linear.weight":   ("hidden", "hidden", [96, 32], 32, 96, 32**-0.5, 4e-3, 0.2, 5e-7, 1),
+        "blocks.0.txt.mlp.fc1.weight":      ("hidden", "hidden", [128, 32], 32, 128, 32**-0.5, 4e-3, 0.2, 5e-7, 1),
+        "blocks.2.img.mlp.fc2.weight":      ("hidden", "hidden", [32, 128], 128, 32, 128**-0.5, 4e-3, 0.2, 5e-7, 1),
         "blocks.1.txt.ada.weight":          ("hidden", "modulation", [192, 32], 32, 192, 32**-0.5, 5e-4, 0.2, 5e-7, 1),
         "blocks.3.txt.ada.weight":          ("hidden", "modulation", [64, 32], 32, 64, 32**-0.5, 5e-4, 0.2, 5e-7, 1),
         "head.ada.weight":                  ("hidden", "modulation", [64, 32], 32, 64, 32**-0.5, 5e-4, 0.2, 5e-7, 1),
         "head.out.weight":                  ("output", "output", [27, 32], 32, 27, 1 / 4, 1.2e-2, 0.1, 5e-7, 0.75),
-        "blocks.1.img.qkv.bias":            ("vector", "vector", [96], 1, 96, 0, 3e-3, 0, 5e-7, 1),
-        "blocks.1.img.q_layernorm.weight":  ("vector", "vector", [8], 1, 8, 0, 3e-3, 0, 1e-6, 1),
-        "blocks.1.txt.k_layernorm.weight":  ("vector", "vector", [8], 1, 8, 0, 3e-3, 0, 1e-6, 1),
+        "blocks.1.img.qkv.linear.bias":     ("vector", "vector", [96], 1, 96, 0, 3e-3, 0, 5e-7, 1),
+        "blocks.1.img.qkv.q_layernorm.weight":  ("vector", "vector", [8], 1, 8, 0, 3e-3, 0, 1e-6, 1),
+        "blocks.1.txt.qkv.k_layernorm.weight":  ("vector", "vector", [8], 1, 8, 0, 3e-3, 0, 1e-6, 1),
         "head.out.bias":                    ("vector", "vector", [27], 1, 27, 0, 3e-3, 0, 1e-6, 1),
     }  # fmt: skip
     for name, (role, group, shape, fan_in, fan_out, *numbers) in expected.items():
@@ -112,7 +115,7 @@ def test_rows_of_an_mmdit(from_layout: Any) -> None:
         assert [row[k] for k in KEYS[5:]] == pytest.approx(numbers), name
     assert rows["embed.text.weight"]["group"] == "table"
     assert rows["embed.text.weight"]["init_std"] == 1.0
-    assert [n for n in rows if ".txt.fc" in n and n.startswith("blocks.3.")] == [], "the last text stream is pre-only"
+    assert [n for n in rows if ".txt.mlp." in n and n.startswith("blocks.3.")] == [], "the last text stream is pre-only"
     constant = {name for name, row in rows.items() if row["eps"] == 1e-6}
     assert constant == {"head.out.bias"} | {name for name in rows if "_layernorm." in name}
 
@@ -166,7 +169,7 @@ def test_the_initial_weights_are_as_wide_as_the_table_says(name: str, from_layou
 @pytest.mark.dist
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_readout_has_the_tables_multiplier(name: str, from_layout: Any) -> None:
-    found = [multiplier for result in from_layout(name) for multiplier in result["readouts"]]
+    found = [multiplier for result in from_layout(name) for multiplier in result["acting"]["multiplier"]]
     assert found
     assert set(found) == {0.75}  # 1.5 / 2
 
@@ -178,3 +181,28 @@ def test_vectors_are_decayed_by_the_optimizer_when_asked(tiny_set: Path) -> None
     result = ranks.run(1, one_step, timeout_s=60, config=config)[0]
     assert {held[2:] for held in result["held"].values()} == {(1e-6, 0.1)}
     assert result["held"].keys() == result["weights"].keys()
+
+
+@pytest.mark.dist
+def test_depth_batch_size_and_length_reach_network_and_optimizer(tiny_set: Path) -> None:
+    """By hand: twice as deep as the proxy; 4 times its batch, 16 times its images, so r = 1/4 and its root 1/2."""
+    mup = {"parametrization": "completep", "base_depth": 2, "base_batch_size": 2, "base_images": 10}
+    result = ranks.run(1, one_step, timeout_s=60, config=tiny.config(tiny_set, mup=mup))[0]
+    (betas,) = result["betas"]
+    assert betas == pytest.approx((0.975, 0.9875))
+    assert set(result["acting"]["residual_multiplier"]) == {0.5}
+    assert len(result["acting"]["residual_multiplier"]) == 8  # both streams of 4 blocks
+    assert set(result["acting"]["multiplier"]) == {0.75}
+    expected = {
+        # name: lr, eps, weight decay
+        "embed.patch.linear.weight":           (2e-3, 1e-6, 0.05),
+        "embed.time.linear_2.weight":          (1e-3, 1e-6, 0.1),
+        "blocks.1.img.mlp.fc2.weight":         (1e-3, 5e-7, 0.1),
+        "blocks.1.img.mlp.fc2.bias":           (2e-3, 5e-7, 0.0),
+        "blocks.1.img.qkv.q_layernorm.weight": (2e-3, 1e-6, 0.0),
+        "head.out.weight":                     (2e-3, 1e-6, 0.05),
+        "head.out.bias":                       (2e-3, 2e-6, 0.0),
+    }  # fmt: skip
+    for name, (lr, eps, weight_decay) in expected.items():
+        final = lr * tiny.BASE["optim"]["final_lr_ratio"]
+        assert result["held"][name] == pytest.approx((lr / WARMUP, final, eps, weight_decay)), name

@@ -1,7 +1,7 @@
 """Rectified flow: the training pair lies on the straight line between image and noise, at times as configured."""
 
-import dataclasses
 import statistics
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import ranks
-from mpdit.config import Objective
-from mpdit.objective import draws, flow
+from mpdit.config import Config, Objective
+from mpdit.errors import InputError
+from mpdit.objective import Noised, draws, flow
 
 UNIFORM = Objective(timesteps="uniform")
 
@@ -20,9 +21,13 @@ def images(count: int) -> torch.Tensor:
     return torch.from_numpy(values).float()
 
 
-def pair(objective: Objective, samples: np.ndarray, seed: int = 5, visit: int = 0) -> tuple[torch.Tensor, flow.Noised]:
+def pair(objective: Objective, samples: np.ndarray, seed: int = 5, visit: int = 0) -> tuple[torch.Tensor, Noised]:
     clean = images(len(samples))
     return clean, flow.noised(clean, objective, seed, samples, np.full_like(samples, visit))
+
+
+def tensors(found: Noised) -> dict[str, torch.Tensor]:
+    return {"noisy": found.noisy_BCHW, "time": found.time_B, **found.target}
 
 
 @pytest.mark.parametrize("objective", [Objective(), UNIFORM, Objective(logit_mean=-2.0, logit_std=3.0)])
@@ -31,10 +36,11 @@ def test_the_pair_lies_on_the_line_from_image_to_noise(objective: Objective) -> 
     clean, found = pair(objective, samples)
     noise = draws.noise(5, samples, np.zeros_like(samples), (3, 4, 4))
     t = found.time_B[:, None, None, None]
-    torch.testing.assert_close(found.noisy_BCHW + (1 - t) * found.target_BCHW, noise, rtol=0, atol=2e-6)
-    torch.testing.assert_close(found.noisy_BCHW - t * found.target_BCHW, clean, rtol=0, atol=2e-6)
-    assert torch.equal(found.target_BCHW, noise - clean)
-    for value in (found.noisy_BCHW, found.target_BCHW, found.time_B):
+    torch.testing.assert_close(found.noisy_BCHW + (1 - t) * found.target["velocity"], noise, rtol=0, atol=2e-6)
+    torch.testing.assert_close(found.noisy_BCHW - t * found.target["velocity"], clean, rtol=0, atol=2e-6)
+    assert torch.equal(found.target["velocity"], noise - clean)
+    assert found.target.keys() == {"velocity"}
+    for value in (found.noisy_BCHW, found.target["velocity"], found.time_B):
         assert value.dtype == torch.float32
 
 
@@ -45,7 +51,7 @@ def test_the_target_is_how_the_noisy_image_moves_with_time() -> None:
     early, late = (Objective(logit_mean=m, logit_std=0.0) for m in (-1.0, 1.0))
     a, b = (flow.noised(clean, o, 5, samples, np.zeros_like(samples)) for o in (early, late))
     moved = (b.noisy_BCHW - a.noisy_BCHW) / (b.time_B - a.time_B)[:, None, None, None]
-    torch.testing.assert_close(moved, a.target_BCHW, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moved, a.target["velocity"], rtol=1e-5, atol=1e-5)
 
 
 def test_the_pair_of_a_sample_is_the_same_in_any_batch() -> None:
@@ -55,10 +61,9 @@ def test_the_pair_of_a_sample_is_the_same_in_any_batch() -> None:
     one = flow.noised(clean, Objective(), 5, np.arange(6), visits)
     other = flow.noised(clean[order], Objective(), 5, order, visits[order])
     part = flow.noised(clean[2:4], Objective(), 5, np.arange(2, 4), visits[2:4])
-    for field in dataclasses.fields(flow.Noised):
-        values = getattr(one, field.name)
-        assert torch.equal(values[order], getattr(other, field.name)), field.name
-        assert torch.equal(values[2:4], getattr(part, field.name)), field.name
+    for name, values in tensors(one).items():
+        assert torch.equal(values[order], tensors(other)[name]), name
+        assert torch.equal(values[2:4], tensors(part)[name]), name
 
 
 def test_each_visit_and_seed_has_a_pair_of_its_own_and_validation_has_one() -> None:
@@ -107,6 +112,30 @@ def test_extreme_spreads_stay_finite() -> None:
 # ---- the loss of a pair ----------------------------------------------------------------------------------------------
 
 
+def test_the_loss_is_the_mean_square_over_tokens_and_features_of_each_sample() -> None:
+    prediction, target = images(4).reshape(4, 3, 16), {"velocity": images(8)[4:].reshape(4, 3, 16)}  # [S, B, P]
+
+    def loss(prediction: torch.Tensor, tokens: slice = slice(None)) -> torch.Tensor:
+        part = {"velocity": target["velocity"][tokens]}
+        return flow.loss(prediction[tokens], part, torch.zeros(3), learn_sigma=False, channels=1)
+
+    expected = np.mean((prediction.numpy() - target["velocity"].numpy()) ** 2, (0, 2))
+    np.testing.assert_allclose(loss(prediction).numpy(), expected, rtol=1e-6)
+    assert loss(prediction.bfloat16()).dtype == torch.float32
+    assert loss(target["velocity"]).tolist() == [0.0, 0.0, 0.0]
+    halves = loss(prediction, slice(0, 2)), loss(prediction, slice(2, 4))  # of two context ranks
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, loss(prediction))
+
+
+def test_a_flow_has_no_variance_to_learn() -> None:
+    prediction = torch.zeros(4, 3, 32)
+    with pytest.raises(InputError, match=r"model\.learn_sigma.*objective\.kind flow.*ddpm"):
+        flow.loss(prediction, {"velocity": prediction}, torch.zeros(3), learn_sigma=True, channels=1)
+
+
+# ---- the loss of a batch ---------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def batches() -> Any:
     ranks.warm()
@@ -115,24 +144,18 @@ def batches() -> Any:
     return batches
 
 
-def test_the_loss_is_the_mean_square_over_tokens_images_and_features(batches: Any) -> None:
-    prediction, target = images(4).reshape(4, 3, 16), images(8)[4:].reshape(4, 3, 16)  # [S, B, P]
-    batch = batches.FlowBatch(size=3, target_SBP=target)
-    expected = float(np.mean((prediction.numpy() - target.numpy()) ** 2))
-    assert batches.loss(prediction, batch).item() == pytest.approx(expected, rel=1e-6)
-    assert batches.loss(prediction.bfloat16(), batch).dtype == torch.float32
-    assert batches.loss(target, batch).item() == 0.0
-
-
 def test_images_without_weight_count_for_nothing(batches: Any) -> None:
     """Validation is padded with them to divide over ranks."""
     prediction, target = images(4).reshape(4, 3, 16), images(8)[4:].reshape(4, 3, 16)
-    plain = batches.loss(prediction, batches.FlowBatch(size=3, target_SBP=target)).item()
 
     def weighted(*weights: float) -> float:
-        batch = batches.FlowBatch(size=3, target_SBP=target, weight_B=torch.tensor(weights))
-        return float(batches.loss(prediction, batch).item())
+        weight_B = torch.tensor(weights) if weights else None
+        inputs: Any = SimpleNamespace(time_B=torch.zeros(3))  # all of them that a loss needs
+        batch = batches.Batch(size=3, inputs=inputs, target_SBP={"velocity": target}, weight_B=weight_B)
+        return float(batches.loss(Config(), prediction, batch).item())
 
+    plain = float(np.mean((prediction.numpy() - target.numpy()) ** 2))
+    assert weighted() == pytest.approx(plain, rel=1e-6)
     alone = [float(np.mean((prediction[:, i].numpy() - target[:, i].numpy()) ** 2)) for i in range(3)]
     assert weighted(1, 1, 1) == pytest.approx(plain, rel=1e-6)
     assert weighted(3, 0, 0) == pytest.approx(alone[0], rel=1e-6)

@@ -10,11 +10,16 @@ import torch
 
 import ranks
 from mpdit.config import Config, Parallel
-from mpdit.mup.roles import Role, Tag, matrix, table, vector
+from mpdit.mup.roles import Tag, Width, matrix, table, vector
 from mpdit.mup.rules import Rule
 from mpdit.mup.table import Entry
 
-WEIGHT = matrix(Role.HIDDEN, 24, 16)
+
+def hidden(fan_out: int, fan_in: int) -> Tag:
+    return matrix(Width(fan_out, fan_out), Width(fan_in, fan_in))
+
+
+WEIGHT = hidden(24, 16)
 
 
 def entry(tag: Tag = WEIGHT, std: float = 1.0) -> Entry:
@@ -42,13 +47,13 @@ def test_the_role_scales_the_draw_and_does_not_change_it(init: Any) -> None:
     """So that sp and mup, and any learning rate, start from one draw."""
     one = init.full_value("a", entry(), 3)
     assert torch.equal(init.full_value("a", entry(std=0.5), 3), 0.5 * one)
-    assert torch.equal(init.full_value("a", entry(matrix(Role.INPUT, 24, 16)), 3), one)
+    assert torch.equal(init.full_value("a", entry(matrix(Width(24, 24), 16)), 3), one)
     richer = dataclasses.replace(entry(), rule=Rule(init_std=1.0, lr=9.0, weight_decay=9.0, eps=9.0, multiplier=9.0))
     assert torch.equal(init.full_value("a", richer, 3), one)
 
 
 def test_another_seed_name_or_shape_gives_other_values(init: Any) -> None:
-    shapes = [matrix(Role.HIDDEN, 24, 16), matrix(Role.HIDDEN, 16, 24), table(384, 1)]  # as many values each
+    shapes = [hidden(24, 16), hidden(16, 24), table(384, Width(1, 1))]  # as many values each
     keys = [*itertools.product((0, 1, 12), ("a", "b", "2/a"), shapes)]
     drawn = torch.stack([init.full_value(name, entry(tag), seed).flatten() for seed, name, tag in keys])
     correlation = torch.corrcoef(drawn) - torch.eye(len(keys))
@@ -56,7 +61,7 @@ def test_another_seed_name_or_shape_gives_other_values(init: Any) -> None:
 
 
 def test_values_are_normal_with_the_tables_std(init: Any) -> None:
-    drawn = init.full_value("a", entry(matrix(Role.HIDDEN, 120, 100), std=0.02), 0).double()
+    drawn = init.full_value("a", entry(hidden(120, 100), std=0.02), 0).double()
     assert drawn.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * 12_000))
     assert abs(drawn.mean().item()) < 5 * 0.02 / math.sqrt(12_000)
     assert (drawn.abs() < 0.02).double().mean().item() == pytest.approx(0.6827, abs=0.025)
@@ -90,9 +95,9 @@ def shards(rank: int, world: int, parallel: Parallel) -> dict[str, Any]:
     torch.manual_seed(100 + rank)
     ctx = context.build(config)
     layers = {
-        "column": ColumnLinear(ctx, 128, 256),
-        "row": RowLinear(ctx, 256, 128),
-        "whole": ReplicatedLinear(ctx, 12, 128, Role.INPUT),
+        "column": ColumnLinear(ctx, ctx.width, 2 * ctx.width),
+        "row": RowLinear(ctx, 2 * ctx.width, ctx.width),
+        "whole": ReplicatedLinear(ctx, 12, ctx.width),
     }
     model = torch.nn.ModuleDict(layers)
     rules = resolve(collect(model), config)
@@ -113,11 +118,11 @@ def test_shards_joined_are_the_whole_value(ways: int, init: Any) -> None:
     results = ranks.run(ways, shards, timeout_s=60, parallel=Parallel(tp=ways))
     names = {"column.weight": 0, "column.bias": 0, "row.weight": 1, "row.bias": None, "whole.weight": None}
     tags = {
-        "column.weight": matrix(Role.HIDDEN, 256, 128),
+        "column.weight": hidden(256, 128),
         "column.bias": vector(256),
-        "row.weight": matrix(Role.HIDDEN, 128, 256),
+        "row.weight": hidden(128, 256),
         "row.bias": vector(128),
-        "whole.weight": matrix(Role.INPUT, 128, 12),
+        "whole.weight": matrix(Width(128, 128), 12),
     }
     for name, dim in names.items():
         whole = init.full_value(name, entry(tags[name], std=1 / math.sqrt(tags[name].fan_in)), 7)

@@ -2,15 +2,18 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from reference import plain_cases
+from reference import plain_mmdit as plain
+from reference.plain_cases import GRID, SMALL, make_batch
 from reference.plain_mmdit import (
     PAD,
     AdamW,
-    Batch,
     Recipe,
     Shape,
     clip_by_global_norm,
@@ -27,27 +30,8 @@ from reference.plain_mmdit import (
     unpatchify,
 )
 
-SHAPE = Shape(width=48, depth=3, head_dim=12, patch=2, channels=3, vocab=23)
-GRID = (6, 4)  # not square, so that rows and columns cannot be exchanged unseen
-
-
-def make_batch(s: Shape, batch: int = 3, grid: tuple[int, int] = GRID, dtype: torch.dtype = torch.float32) -> Batch:
-    g = torch.Generator().manual_seed(5)
-    size = (batch, s.channels, grid[0] * s.patch, grid[1] * s.patch)
-    ids_BL = torch.randint(1, s.vocab, (batch, 7), generator=g)
-    ids_BL[0, 4:], ids_BL[1, 6:] = PAD, PAD
-    return Batch(
-        image_BCYX=torch.randn(size, generator=g, dtype=dtype),
-        noise_BCYX=torch.randn(size, generator=g, dtype=dtype),
-        t_B=torch.rand(batch, generator=g, dtype=dtype),
-        ids_BL=ids_BL,
-    )
-
-
-def make_weights(s: Shape, seed: int = 0) -> dict[str, Tensor]:
-    """Weights with nothing at 0 or 1, biases and gains included, so that leaving one out is seen."""
-    g = torch.Generator().manual_seed(seed)
-    return {n: w + 0.1 * torch.randn(w.shape, generator=g) for n, w in init(s, seed).items()}
+SHAPE = Shape(**SMALL)
+make_weights = partial(plain_cases.make_weights, plain)
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------

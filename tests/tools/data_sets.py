@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mpdit.cli import main
+from mpdit_tools.data.npm import Package
 
 
 def build(*arguments: object) -> int:
@@ -48,6 +49,21 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def pack(folder: Path, name: str, files: dict[str, object]) -> Package:
+    """Writes a tarball as ``npm pack`` would, into ``folder``."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as archive:
+        for path, value in files.items():
+            content = (value if isinstance(value, str) else json.dumps(value)).encode()
+            info = tarfile.TarInfo(f"package/{path}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    package = Package(name=name, version="1.0.0", sha256=hashlib.sha256(data.getvalue()).hexdigest())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / package.tarball).write_bytes(data.getvalue())
+    return package
 
 
 def manifest(out: Path) -> dict[str, Any]:

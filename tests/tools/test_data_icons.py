@@ -3,13 +3,11 @@
 import dataclasses
 import hashlib
 import io
-import json
 import stat
-import tarfile
 from pathlib import Path
 
 import pytest
-from data_sets import build, manifest, samples, tree
+from data_sets import build, manifest, pack, samples, tree
 from PIL import Image
 
 from mpdit.errors import InputError
@@ -83,21 +81,6 @@ def openmoji() -> dict[str, object]:
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">{drawing(number, background="#eee")}</svg>'
         files[f"color/svg/{code}.svg"] = svg
     return {"data/openmoji.json": entries, **files}
-
-
-def pack(folder: Path, name: str, files: dict[str, object]) -> Package:
-    """Writes a tarball as ``npm pack`` would, into ``folder``."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:gz") as archive:
-        for path, value in files.items():
-            content = (value if isinstance(value, str) else json.dumps(value)).encode()
-            info = tarfile.TarInfo(f"package/{path}")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    package = Package(name=name, version="1.0.0", sha256=hashlib.sha256(data.getvalue()).hexdigest())
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / package.tarball).write_bytes(data.getvalue())
-    return package
 
 
 @pytest.fixture

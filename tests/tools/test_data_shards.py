@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mpdit.errors import InputError
 from mpdit_tools.data.shards import ShardWriter, build_hash
-from mpdit_tools.data.split import split_concepts
+from mpdit_tools.data.split import split_classes, split_concepts
 from mpdit_tools.data.tokenizer import train_tokenizer
 
 SAMPLES = st.lists(
@@ -109,6 +109,45 @@ def test_a_caption_of_half_the_set_is_never_held_out():
             (f"c{number}", f"q{number}") for number in range(50)
         ]
         assert not split_concepts(samples, fraction=0.05)[0]
+
+
+@given(
+    samples=st.lists(
+        st.tuples(st.sampled_from("abcd"), st.integers(0, 12).map(str), st.sampled_from("0123456789")), max_size=40
+    ),
+    fraction=st.floats(0.001, 0.999),
+)
+def test_every_class_stays_in_training_and_no_picture_is_in_both(samples, fraction):
+    """Whatever is shared: an image under two classes, a picture in two files."""
+    try:
+        held = split_classes(samples, fraction=fraction)
+    except InputError:
+        return
+    train, val = (
+        [sample for sample, out in zip(samples, held, strict=True) if out == split] for split in (False, True)
+    )
+    assert {name for name, _, _ in train} == {name for name, _, _ in samples}
+    for part in (1, 2):
+        assert not {sample[part] for sample in train} & {sample[part] for sample in val}
+
+
+def test_the_share_of_a_class_is_kept_and_does_not_depend_on_the_rest():
+    """A class held out in full or not at all would make the validation loss that of other classes than trained."""
+    samples = [(f"class {number % 4}", f"image {number}", f"picture {number}") for number in range(8000)]
+    held = split_classes(samples, fraction=0.05)
+    for first in range(4):
+        assert 70 < sum(held[first::4]) < 130
+    assert split_classes(samples[:4000], fraction=0.05) == held[:4000]
+    more = split_classes(samples, fraction=0.1)
+    assert all(later or not before for before, later in zip(held, more, strict=True))
+
+
+def test_classes_of_one_picture_cannot_be_split():
+    """There has to be something to train on before anything is held out, and the split may not be empty."""
+    for samples in ([], [("a", "1", "x"), ("b", "2", "y")], [("a", "1", "x"), ("a", "2", "x")]):
+        with pytest.raises(InputError, match="at least two"):
+            split_classes(samples, fraction=0.5)
+    assert sum(split_classes([("a", "1", "x"), ("a", "2", "y"), ("b", "3", "z")], fraction=0.5)) == 1
 
 
 def test_the_tokenizer_is_deterministic_and_total():

@@ -199,6 +199,30 @@ def test_a_run_without_checkpoints_is_refused_by_name(trained: Path, tmp_path: P
     assert f"{tmp_path}: has no checkpoint yet" in refused(tmp_path, "--prompts", prompts)
 
 
+@pytest.mark.dist
+def test_a_run_on_labels_draws_its_classes_without_the_data_set(labelled_set: Path, tmp_path: Path) -> None:
+    """The run folder holds the names; another name is told, and so is a list of other names."""
+    data = Path(shutil.copytree(labelled_set, tmp_path / "set"))
+    config = tiny.config(
+        data, "data.text=labels", model={"text_tokens": 1}, train={"steps": 2}, optim={"warmup_steps": 1}
+    )
+    ranks.run(1, train, timeout_s=120, config=tiny.with_run_dir(config, tmp_path / "run"))
+    shutil.rmtree(data)
+    classes = tmp_path / "run" / "classes.json"
+    assert json.loads(classes.read_text()) == sorted(tiny.COLOURS)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red\nblue\nred\n")
+    code, _, error = run(tmp_path / "run", "--prompts", prompts, "--out", tmp_path / "out")
+    assert (code, error) == (0, "")
+    assert len(pictures(tmp_path / "out")) == 3
+    prompts.write_text("red\nbleu\n")
+    assert "the caption 'bleu' is no class of the data set; did you mean 'blue'?" in refused(
+        tmp_path / "run", "--prompts", prompts
+    )
+    classes.write_text(json.dumps(sorted(tiny.COLOURS)[::-1]))
+    assert f"{classes}: is a list of class names with another hash" in refused(tmp_path / "run", "--prompts", prompts)
+
+
 def spoil(folder: Path, what: str) -> Path:
     """The file that the refusal should name."""
     manifest = folder / "manifest.json"

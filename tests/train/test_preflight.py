@@ -11,149 +11,7 @@ import ranks
 import tiny
 from mpdit.config import Config
 from mpdit.errors import InputError
-
-# what is wrong: (ranks, overrides of the tiny run, words of the sentence)
-BAD: dict[str, tuple[int, list[str], list[str]]] = {
-    "unknown key": (1, ["model.widht=64"], ["unknown key model.widht", "'width'"]),
-    "wrong type": (1, ["model.width=wide"], ["model.width is 'wide'", "a whole number"]),
-    # ---- the model and the layout
-    "heads are not whole": (1, ["model.head_dim=12"], ["model.width 32", "head_dim 12", "parallel.tp 1"]),
-    "width over tp": (8, ["parallel.tp=8"], ["model.width 32", "head_dim 8", "parallel.tp 8 = 64"]),
-    "heads over cp": (3, ["parallel.cp=3"], ["4 heads a tensor rank", "parallel.cp 3"]),
-    "heads over tp x cp": (8, ["parallel.tp=2", "parallel.cp=4"], ["2 heads a tensor rank", "parallel.cp 4"]),
-    "width of no positions": (1, ["model.width=30", "model.head_dim=6"], ["model.width 30", "multiple of 4"]),
-    "image over patch": (1, ["model.patch=5"], ["model.image_size 12", "model.patch 5"]),
-    "channels": (1, ["model.channels=4"], ["model.channels is 4", "3 (RGB) or 1 (gray)"]),
-    "sp without tp": (1, ["parallel.sp=true"], ["parallel.sp", "parallel.tp of at least 2"]),
-    "vpp without pp": (1, ["parallel.vpp=2"], ["parallel.vpp", "parallel.pp of at least 2"]),
-    "overlap_param_gather alone": (
-        2,
-        ["parallel.overlap_param_gather=true"],
-        ["parallel.overlap_param_gather", "parallel.distributed_optimizer", "parallel.overlap_grad_reduce"],
-    ),
-    "overlap_param_gather without reduce": (
-        2,
-        ["parallel.overlap_param_gather=true", "parallel.distributed_optimizer=true"],
-        ["parallel.overlap_param_gather", "parallel.overlap_grad_reduce"],
-    ),
-    "depth over pp": (
-        3,
-        ["parallel.pp=3", "train.batch_size=9"],
-        ["model.depth 4", "parallel.pp 3 x vpp 1 = 3", "parallel.pp_split, for example [1, 1, 2]"],
-    ),
-    "depth over pp x vpp": (
-        2,
-        ["parallel.pp=2", "parallel.vpp=2", "model.depth=6"],
-        ["model.depth 6", "parallel.pp 2 x vpp 2 = 4", "for example [1, 1, 2, 2]"],
-    ),
-    "fewer blocks than stages": (
-        8,
-        ["parallel.pp=8"],
-        ["model.depth 4", "parallel.pp 8 x vpp 1 = 8", "at least 8 blocks are needed"],
-    ),
-    "pp_split too short": (2, ["parallel.pp=2", "parallel.pp_split=[4]"], ["parallel.pp_split [4]", "2 numbers"]),
-    "pp_split of another depth": (
-        2,
-        ["parallel.pp=2", "parallel.pp_split=[2, 3]"],
-        ["parallel.pp_split [2, 3]", "add up to model.depth 4"],
-    ),
-    "pp_split with an empty stage": (
-        2,
-        ["parallel.pp=2", "parallel.pp_split=[0, 4]"],
-        ["parallel.pp_split [0, 4]", "each at least 1"],
-    ),
-    "pp_split of nothing": (1, ["parallel.pp_split=[]"], ["parallel.pp_split []", "1 numbers"]),
-    "text tokens under sp": (
-        2,
-        ["parallel.tp=2", "parallel.sp=true", "model.text_tokens=7"],
-        ["model.text_tokens is 7 text tokens", "parallel.cp 1 x tp 2 under sp", "a multiple of 2"],
-    ),
-    "text tokens over cp": (2, ["parallel.cp=2", "model.text_tokens=9"], ["model.text_tokens is 9", "parallel.cp 2"]),
-    "image tokens under sp": (
-        2,
-        ["parallel.tp=2", "parallel.sp=true", "model.image_size=9"],
-        ["(model.image_size / model.patch)^2 is 9 image tokens", "a multiple of 2"],
-    ),
-    "image tokens over cp x tp": (
-        4,
-        ["parallel.cp=2", "parallel.tp=2", "parallel.sp=true", "model.image_size=9"],
-        ["is 9 image tokens", "by 4 (parallel.cp 2 x tp 2 under sp)", "a multiple of 4"],
-    ),
-    "world of no layout": (
-        4,
-        ["parallel.tp=2", "parallel.pp=2", "parallel.cp=2"],
-        ["tp 2 x pp 2 x cp 2 = 8", "the 4 that were started"],
-    ),
-    "world with a rest": (3, ["parallel.tp=2"], ["tp 2 x pp 1 x cp 1 = 2", "the 3 that were started"]),
-    # ---- the batch
-    "batch over data ranks": (3, [], ["train.batch_size 8", "3 data-parallel ranks", "a multiple of 3"]),
-    "micro-batch": (1, ["parallel.micro_batch=3"], ["parallel.micro_batch 3", "8 images", "train.batch_size 8"]),
-    "micro-batch of a rank's share": (2, ["parallel.micro_batch=8"], ["parallel.micro_batch 8", "4 images"]),
-    "vpp with three micro-batches": (
-        2,
-        ["parallel.pp=2", "parallel.vpp=2", "train.batch_size=6", "parallel.micro_batch=2"],
-        ["parallel.vpp", "multiples of parallel.pp 2", "micro-batches of 2 are 3"],
-    ),
-    "vpp with one micro-batch": (
-        2,
-        ["parallel.pp=2", "parallel.vpp=2", "train.batch_size=7"],
-        ["parallel.vpp", "multiples of parallel.pp 2", "micro-batches of 7 are 1"],
-    ),
-    # ---- numbers
-    "warm-up as long as the run": (1, ["optim.warmup_steps=20"], ["optim.warmup_steps 20", "train.steps 20"]),
-    "wsd without decay_steps": (
-        1,
-        ["optim.schedule=wsd"],
-        ["optim.schedule wsd", "optim.decay_steps, which is 0", "train.steps 20"],
-    ),
-    "wsd that decays for too long": (
-        1,
-        ["optim.schedule=wsd", "optim.decay_steps=21"],
-        ["optim.decay_steps, which is 21", "train.steps 20"],
-    ),
-    "infinite lr": (1, ["optim.lr=.inf"], ["optim.lr is inf"]),
-    "no number as lr": (1, ["optim.lr=.nan"], ["optim.lr is nan"]),
-    "negative lr": (1, ["optim.lr=-1e-3"], ["optim.lr is -0.001"]),
-    "negative weight decay": (1, ["optim.weight_decay=-0.1"], ["optim.weight_decay is -0.1"]),
-    "no number as eps": (1, ["optim.eps=.nan"], ["optim.eps is nan"]),
-    "beta2 above one": (1, ["optim.beta2=1.5"], ["optim.beta2 is 1.5", "between 0 and 1"]),
-    "no number as beta1": (1, ["optim.beta1=.nan"], ["optim.beta1 is nan"]),
-    "beta1 of one": (1, ["optim.beta1=1"], ["optim.beta1 is 1.0"]),
-    "beta2 of one": (1, ["optim.beta2=1"], ["optim.beta2 is 1.0"]),
-    "eps of zero": (1, ["optim.eps=0"], ["optim.eps is 0.0"]),
-    "no number as output_mult": (1, ["mup.output_mult=.nan"], ["mup.output_mult is nan"]),
-    "no number as lr_mult": (1, ["mup.lr_mult.table=.nan"], ["mup.lr_mult.table is nan"]),
-    "negative lr_mult": (1, ["mup.lr_mult.hidden=-1"], ["mup.lr_mult.hidden is -1.0"]),
-    "no number as logit_std": (1, ["objective.logit_std=.nan"], ["objective.logit_std is nan"]),
-    "no number as guidance": (1, ["sample.guidance=.nan"], ["sample.guidance is nan"]),
-    "negative base_head_dim": (1, ["mup.base_head_dim=-4"], ["mup.base_head_dim is -4"]),
-    "no base_head_dim": (1, ["mup.base_head_dim=0"], ["mup.base_head_dim is 0"]),
-    "a seed beyond 64 bits": (1, ["train.seed=18446744073709551616"], ["train.seed is 18446744073709551616"]),
-    "ema_decay": (1, ["train.ema_decay=1.01"], ["train.ema_decay is 1.01", "between 0 and 1"]),
-    "caption_drop": (1, ["data.caption_drop=-0.1"], ["data.caption_drop is -0.1", "between 0 and 1"]),
-    "final_lr_ratio": (1, ["optim.final_lr_ratio=2"], ["optim.final_lr_ratio is 2"]),
-    "no steps": (1, ["train.steps=0"], ["train.steps is 0", "at least 1"]),
-    "no images": (1, ["train.batch_size=0"], ["train.batch_size is 0", "at least 1"]),
-    "negative batch": (2, ["train.batch_size=-8"], ["train.batch_size is -8"]),
-    "no tp": (1, ["parallel.tp=0"], ["parallel.tp is 0", "at least 1"]),
-    "no cp": (1, ["parallel.cp=0"], ["parallel.cp is 0", "at least 1"]),
-    "negative pp": (1, ["parallel.pp=-1"], ["parallel.pp is -1", "at least 1"]),
-    "no vpp": (2, ["parallel.pp=2", "parallel.vpp=0"], ["parallel.vpp is 0", "at least 1"]),
-    "negative micro-batch": (1, ["parallel.micro_batch=-2"], ["parallel.micro_batch is -2"]),
-    "no width": (1, ["model.width=0"], ["model.width is 0"]),
-    "no depth": (1, ["model.depth=0"], ["model.depth is 0"]),
-    "no head_dim": (1, ["model.head_dim=0"], ["model.head_dim is 0"]),
-    "no patch": (1, ["model.patch=0"], ["model.patch is 0"]),
-    "no text tokens": (1, ["model.text_tokens=0"], ["model.text_tokens is 0"]),
-    "no base width": (1, ["mup.base_width=0"], ["mup.base_width is 0"]),
-    "negative seed": (1, ["train.seed=-1"], ["train.seed is -1"]),
-    "negative save_every": (1, ["train.save_every=-5"], ["train.save_every is -5"]),
-    "no sampling steps": (1, ["sample.steps=0"], ["sample.steps is 0"]),
-    # ---- the data
-    "another vocabulary": (1, ["model.vocab_size=17"], ["model.vocab_size is 17", "pieces; leave it out"]),
-    "negative vocabulary": (1, ["model.vocab_size=-1"], ["model.vocab_size is -1"]),
-    "no such folder": (1, ["data.path=nowhere/at/all"], ["nowhere/at/all: there is no such folder"]),
-}
+from train.bad_input import BAD, UVIT
 
 
 def check(data: Path, world: int, *overrides: str) -> Config:
@@ -182,6 +40,20 @@ def test_the_unchanged_run_is_fine(tiny_set: Path) -> None:
     """Or every refusal above could have this one's reason."""
     for world in (1, 2, 4, 8):
         check(tiny_set, world)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.arch=pixart", "objective.kind=ddpm", "model.learn_sigma=true", "sample.sampler=ddim"],
+        [*UVIT, "parallel.tp=2", "parallel.cp=2", "parallel.sp=true", "model.text_tokens=7"],
+        [*UVIT, "parallel.pp=2", "parallel.pp_split=[2, 3]", "model.text_tokens=8"],  # 25 tokens, which nothing divides
+        ["mup.base_batch_size=4", "mup.base_images=160"],
+    ],
+    ids=["pixart", "uvit over tp x cp", "uvit over pp", "half the batch"],
+)
+def test_what_fits_is_fine(overrides: list[str], tiny_set: Path) -> None:
+    check(tiny_set, 4, *overrides)
 
 
 # ---- what is not known before the data is ------------------------------------------------------------------------
@@ -292,6 +164,35 @@ def test_a_set_without_a_tokenizer_is_named(copy: Path) -> None:
     manifest = copy / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tokenizer": None}))
     assert f"{manifest} names no tokenizer" in refusal(copy)
+
+
+LABELS = ("data.text=labels", "model.text_tokens=1")
+
+
+def test_the_vocabulary_of_labels_is_the_classes_and_no_class(labelled_set: Path) -> None:
+    """An embedding without a row for "no class" can't be guided; one with more has rows that nothing trains."""
+    assert check(labelled_set, 1, *LABELS, "sample.prompts=[red, blue]").model.vocab_size == len(tiny.COLOURS) + 1
+    assert "model.vocab_size is 4" in refusal(labelled_set, 1, *LABELS, "model.vocab_size=4")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.text=labels"], ["model.text_tokens is 8", "data.text labels", "should be 1"]),
+        ([*LABELS, "sample.prompts=[red, bleu]"], ["'bleu' is no class", "did you mean 'blue'?"]),
+    ],
+)
+def test_what_labels_cannot_say_is_told(overrides: list[str], words: list[str], labelled_set: Path) -> None:
+    """Before training: a misspelt prompt would otherwise end a run at its first pictures."""
+    said = refusal(labelled_set, 1, *overrides)
+    assert [word for word in words if word not in said] == [], said
+
+
+def test_labels_on_a_set_without_classes_are_refused(tiny_set: Path) -> None:
+    """With what to do: the captions of this set are free text."""
+    said = refusal(tiny_set, 1, *LABELS)
+    assert str(tiny_set / "manifest.json") in said
+    assert "folder --classes" in said
 
 
 def test_another_tokenizer_is_named(copy: Path) -> None:

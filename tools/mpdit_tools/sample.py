@@ -10,7 +10,7 @@ import tyro
 
 from mpdit import config as configs
 from mpdit.config import Config
-from mpdit.data.text import Tokenizer
+from mpdit.data import text
 from mpdit.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def main(argv: list[str]) -> int:
     preflight.layout(config, groups.world_size())
     groups.start(config.parallel, config.train.seed)
     path, at = groups.decided_by_rank_0(lambda: choose(arguments, config))
-    tokenizer = Tokenizer.open(arguments.run / "tokenizer.model", at.tokenizer_sha256)
+    tokenizer = text.of_run(config.data.text, arguments.run, at.tokenizer_sha256)
+    tokenizer.encode(prompts, config.model.text_tokens)  # no class: told before weights are read
     out = arguments.out or arguments.run / "samples" / f"{path.name}-{arguments.prompts.stem}"
     draw_to(config, tokenizer, path, prompts, out, ema=arguments.ema)
     if groups.rank() == 0:
@@ -116,7 +117,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def draw_to(
-    config: Config, tokenizer: Tokenizer, checkpoint_path: Path, prompts: list[str], out: Path, *, ema: bool
+    config: Config, tokenizer: text.Tokenizer, checkpoint_path: Path, prompts: list[str], out: Path, *, ema: bool
 ) -> None:
     """Load the weights, draw, and write ``NNN-words.png`` for each prompt and ``grid.png``; collective."""
     from mpdit.parallel import groups

@@ -17,7 +17,7 @@ from mpdit_tools.data.output import check_replaceable, damage, partial_folder, r
 from mpdit_tools.data.pool import render_all
 from mpdit_tools.data.samples import Drop, Provenance, Sample, Source
 from mpdit_tools.data.shards import FORMAT, ShardWriter, build_hash, manifest_bytes, write_durably
-from mpdit_tools.data.split import split_concepts
+from mpdit_tools.data.split import split_classes, split_concepts
 from mpdit_tools.data.tokenizer import train_tokenizer
 
 DUPLICATE = "duplicate"
@@ -28,7 +28,7 @@ class Options:
     """What every build can be told, whatever its source."""
 
     out: Path
-    val: float  # the part of the concepts that is held out
+    val: float  # the part that is held out: of the concepts, or of the pictures where there are classes
     vocab_size: int
     per_shard: int  # samples in a shard
     max_dropped: float  # stop when a larger part of the pictures than this cannot be used
@@ -100,7 +100,8 @@ def _build_in(
     spool = folder / "spool.bin"
     rows, drops = _render(source, spool, options, told)
     _check_enough(source, rows, drops, options)
-    val = split_concepts([(row.sample.concept, row.pixels) for row in rows], fraction=options.val)
+    classes = source.classes([row.sample.caption for row in rows])
+    val = _held_out(rows, options.val, by_class=classes is not None)
     splits, training = {}, list[str]()
     with spool.open("rb") as pictures:
         for split in ("train", "val"):
@@ -122,6 +123,7 @@ def _build_in(
         "name": source.name,
         "size": source.size,
         "splits": splits,
+        **({} if classes is None else {"classes": list(classes)}),
         "tokenizer": {
             "file": "tokenizer.model",
             "sha256": hashlib.sha256(model).hexdigest(),
@@ -167,6 +169,13 @@ def _check_enough(source: Source, rows: Sequence[_Row], drops: Sequence[Drop], o
         f"{example.origin if example else 'unknown'}); mend them, or allow a larger part with --max-dropped "
         f"(now {options.max_dropped:g})."
     )
+
+
+def _held_out(rows: Sequence[_Row], fraction: float, *, by_class: bool) -> list[bool]:
+    if by_class:
+        labelled = [(row.sample.caption, row.sample.origin, row.pixels) for row in rows]
+        return split_classes(labelled, fraction=fraction)
+    return split_concepts([(row.sample.concept, row.pixels) for row in rows], fraction=fraction)
 
 
 def _write_split(folder: Path, split: str, rows: Sequence[_Row], pictures: int, per_shard: int) -> dict[str, Any]:

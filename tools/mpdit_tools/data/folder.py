@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import os
 import random
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mpdit_tools.data.images import FILE_BYTES, Unusable, square
 from mpdit_tools.data.samples import Drop, Job, Provenance, Sample
 from mpdit_tools.data.tars import PICTURES, tar_jobs
 
+CLASSES = 10_000  # more different captions than this are free text
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -49,14 +50,14 @@ class FileJob:
 class Folder:
     """A folder as a source for `build`. Hidden files are left out; subfolders are read, links to folders are not.
 
-    ``min_side`` is the shortest side in pixels a picture may have. Raises InputError when the folder is not there,
-    holds nothing, or lies within ``out`` or around it.
+    ``min_side`` is the shortest side in pixels a picture may have; ``labelled``: captions are names of classes.
+    Raises InputError when the folder is not there, holds nothing, or lies within ``out`` or around it.
     """
 
     repeats = True
 
-    def __init__(self, folder: Path, *, size: int, min_side: int, seed: int, out: Path) -> None:
-        self.size, self._min_side, self._seed = size, min_side, seed
+    def __init__(self, folder: Path, *, size: int, min_side: int, labelled: bool, seed: int, out: Path) -> None:
+        self.size, self._min_side, self._labelled, self._seed = size, min_side, labelled, seed
         self._root = Path(os.path.abspath(folder))
         self.name = _shown(self._root.resolve().name)
         if not self._root.is_dir():
@@ -69,7 +70,7 @@ class Folder:
             raise InputError(f"{folder}: the folder holds no files; it should hold pictures with captions, or tars.")
 
     def arguments(self) -> Mapping[str, Any]:
-        return {"min_side": self._min_side, "seed": self._seed}
+        return {"min_side": self._min_side, "classes": self._labelled, "seed": self._seed}
 
     def provenance(self) -> list[Provenance]:
         digest = hashlib.sha256()
@@ -77,6 +78,18 @@ class Folder:
             path = self._root / name
             digest.update(os.fsencode(name) + f"\0{path.lstat().st_size}\0{_content_hash(path)}\n".encode())
         return [Provenance(name=self.name, version="", sha256=digest.hexdigest(), licence="unknown")]
+
+    def classes(self, captions: Sequence[str]) -> list[str] | None:
+        """The different captions, sorted. Raises InputError when they are too many for classes."""
+        if not self._labelled:
+            return None
+        names = sorted(set(captions))
+        if len(names) > CLASSES:
+            raise InputError(
+                f"--classes: {self.name} has {len(names)} different captions, but {CLASSES} classes are the most; "
+                "captions should be the names of classes, or --classes be left out."
+            )
+        return names
 
     def jobs(self) -> list[Job]:
         jobs = list(self._jobs())

@@ -175,6 +175,9 @@ class Icons:
             for package, licence in licences.items()
         ]
 
+    def classes(self, captions: Sequence[str]) -> None:
+        return None
+
     def jobs(self) -> list[Job]:
         """Every selected icon, in an order that only the seed decides."""
         words = emojibase(self._read(self._catalogue.words, lambda name: name in ("en/data.json", "en/messages.json")))

@@ -81,6 +81,8 @@ def show(result: "Result", out: str, *, as_json: bool) -> None:
     for heading, key in (("style", "styles"), ("licence", "licences"), ("dropped", "dropped")):
         for name, count in manifest[key].items():
             table.add_row(heading, name, f"{count:,}")
+    if "classes" in manifest:
+        table.add_row("classes", "", f"{len(manifest['classes']):,}")
     table.add_row("tokenizer", "pieces", f"{manifest['tokenizer']['vocab_size']:,}")
     table.add_row("bytes", "of all shards", f"{size:,}")
     table.add_row("seconds", "", f"{result.seconds:.1f}")

@@ -1,7 +1,7 @@
 """What a source of data hands to the builder: jobs that become samples or are dropped, and where they came from."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -9,9 +9,9 @@ from typing import Any, Protocol
 class Sample:
     """One picture, ready to be written."""
 
-    png: bytes  # RGB, square, ``size`` pixels a side
+    png: bytes  # RGB or gray, square, ``size`` pixels a side
     caption: str
-    concept: str  # what is split between train and val: samples of one concept never end up in both
+    concept: str  # without classes, what is split between train and val: samples of one never end up in both
     meta: dict[str, Any]  # the JSON beside the picture
     origin: str  # the file or icon it was made from
     source: str  # a `Provenance.name`
@@ -60,6 +60,10 @@ class Source(Protocol):
 
     def provenance(self) -> list[Provenance]:
         """The inputs, pinned. Must not need the network."""
+        ...
+
+    def classes(self, captions: Sequence[str]) -> Sequence[str] | None:
+        """The classes in order, when the captions (of all samples) are names of classes; None for free text."""
         ...
 
     def jobs(self) -> list[Job]:

@@ -1,4 +1,4 @@
-"""Which samples are held out: whole concepts, by hash, so that no validation caption or picture is in training."""
+"""Which samples are held out, by hash: whole concepts, or a share of every class. No picture is in both splits."""
 
 import collections
 import hashlib
@@ -29,6 +29,32 @@ def split_concepts(samples: Sequence[tuple[str, str]], *, fraction: float) -> li
     # All of it would be held out when every group's hash is small, which a few tiny groups can manage.
     if not held or len(held) == len(sizes):
         held = {min(sizes, key=lambda group: (sizes[group], _position(group)))}
+    return [group in held for group in groups]
+
+
+def split_classes(samples: Sequence[tuple[str, str, str]], *, fraction: float) -> list[bool]:
+    """True for the samples to hold out: a share of every class, so that training and validation know them all.
+
+    ``samples`` are (class, origin, hash of the picture); those that share origin or picture are never separated.
+    They are held out when their hash, as a number in [0, 1), is below ``fraction``, but of every class at least one
+    is and at least one is not. What belongs to several classes, or is all there is of one, stays in training.
+    Raises InputError when nothing is left to hold out.
+    """
+    groups = _groups([(origin, pixels) for _, origin, pixels in samples])
+    classes = collections.defaultdict[str, set[str]](set)
+    for (name, _, _), group in zip(samples, groups, strict=True):
+        classes[name].add(group)
+    homes = collections.Counter(group for there in classes.values() for group in there)
+    held = set[str]()
+    for there in classes.values():
+        free = sorted((group for group in there if homes[group] == 1), key=_position)
+        wanted = max(1, sum(_position(group) < fraction for group in free))
+        held.update(free[: min(wanted, len(there) - 1)])
+    if not held:
+        raise InputError(
+            f"none of the {len(classes)} classes has two pictures of its own, so none can be held out for validation; "
+            "a class should have at least two."
+        )
     return [group in held for group in groups]
 
 

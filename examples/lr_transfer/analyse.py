@@ -1,0 +1,227 @@
+"""Tables and figures of results.jsonl: python examples/lr_transfer/analyse.py writes results.md and the PNGs."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from plan import ARCHS, DIVERGED, WIDTHS, Point, Results, Tuning, best_on_grid, grid, same_loss, sp_best, transfer
+from plan import against as against_points
+
+HERE = Path(__file__).parent
+_WINDOW = 1  # grid points beside the best that the parabola goes through
+
+
+def vertex(losses: dict[float, float]) -> tuple[float, float]:
+    """(log2 LR, loss) at the vertex of the parabola through the best grid point and its neighbours, in log loss.
+
+    At an edge of the grid there is none: the edge itself is returned.
+    """
+    rates = sorted(losses)
+    best = min(range(len(rates)), key=lambda i: losses[rates[i]])
+    if best in (0, len(rates) - 1):
+        return rates[best], losses[rates[best]]
+    x = rates[best - _WINDOW : best + _WINDOW + 1]
+    y = [math.log(losses[rate]) for rate in x]
+    h = x[1] - x[0]
+    curve, slope = (y[0] - 2 * y[1] + y[2]) / h**2, (y[2] - y[0]) / (2 * h)
+    if curve <= 0:
+        return x[1], math.exp(y[1])
+    shift = max(-h, min(h, -slope / curve))
+    return x[1] + shift, math.exp(y[1] + slope * shift + curve * shift**2 / 2)
+
+
+def at(losses: dict[float, float], rate: float) -> float:
+    """The loss at a learning rate between grid points, linear in log2 LR and log loss; an edge beyond the grid."""
+    rates = sorted(losses)
+    low = max([r for r in rates if r <= rate], default=rates[0])
+    high = min([r for r in rates if r >= rate], default=rates[-1])
+    if low == high:
+        return losses[low]
+    part = (rate - low) / (high - low)
+    return math.exp((1 - part) * math.log(losses[low]) + part * math.log(losses[high]))
+
+
+def curve(results: Results, arch: str, rule: str, width: int, seeds: Sequence[int] = (0, 1)) -> dict[float, float]:
+    """Mean loss over seeds by log2 LR; learning rates that a seed lacks are left out."""
+    found = {}
+    for rate in grid(arch, rule, width):
+        points = [Point(arch=arch, rule=rule, width=width, log2_lr=rate, seed=seed) for seed in seeds]
+        mean = results.mean(points)
+        if mean is not None:
+            found[float(rate)] = mean
+    return found
+
+
+def proxy_rule(width: int, rule: str) -> str:
+    return "mup" if width == WIDTHS[0] else rule
+
+
+def transfer_table(results: Results, arch: str) -> list[str]:
+    """The optimum of each width, how far it moved, and what the proxy's learning rate costs there."""
+    seeds = [s for s in (0, 1, 2, 3) if all(results.loss(p) is not None for p in transfer(results, arch, (s,)))]
+    if not seeds:
+        return [f"{arch}: not run to the end."]
+    base = vertex(curve(results, arch, "mup", WIDTHS[0], seeds))
+    lines = [
+        f"### {arch}, {len(seeds)} paired seeds",
+        "",
+        "| width | muP vertex (each seed) | loss there | at the proxy's LR | SP vertex (each seed) | loss there "
+        "| at the proxy's LR |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for width in WIDTHS:
+        cells = []
+        for rule in ("mup", "sp"):
+            losses = curve(results, arch, proxy_rule(width, rule), width, seeds)
+            each = [vertex(curve(results, arch, proxy_rule(width, rule), width, [s]))[0] for s in seeds]
+            where, best = vertex(losses)
+            best = min(best, *losses.values())
+            regret = at(losses, base[0]) / best - 1 if base[0] <= max(losses) else math.nan
+            cells += [
+                f"{where:+.2f} ({', '.join(f'{x:+.2f}' for x in each)})",
+                f"{best:.4f}",
+                f"{regret:+.1%}" if regret == regret else "not on the grid",
+            ]
+        lines.append(f"| {width} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def transfer_figure(results: Results, path: Path) -> None:
+    """Loss against learning rate, a curve a width: muP above, SP below, a column a model."""
+    from matplotlib import pyplot
+
+    archs = [arch for arch in ARCHS if curve(results, arch, "sp", WIDTHS[1])]
+    figure, axes = pyplot.subplots(
+        2, len(archs), figsize=(3.4 * len(archs), 5.4), squeeze=False, sharex="col", sharey="col"
+    )
+    shades = pyplot.get_cmap("viridis")([0.05, 0.35, 0.6, 0.85])
+    for column, arch in enumerate(archs):
+        for axis, rule, name in zip(axes[:, column], ("mup", "sp"), ("muP", "SP"), strict=True):
+            for width, shade in zip(WIDTHS, shades, strict=True):
+                losses = curve(results, arch, proxy_rule(width, rule), width)
+                if not losses:
+                    continue
+                rates = sorted(losses)
+                axis.plot(
+                    rates, [losses[r] for r in rates], "o-", color=shade, markersize=3, linewidth=1.2, label=str(width)
+                )
+                where, best = vertex(losses)
+                axis.plot([where], [best], "x", color=shade, markersize=8, markeredgewidth=2)
+            axis.set_title(f"{arch}, {name}", fontsize=9)
+            axis.grid(alpha=0.25)
+            lowest = min(min(curve(results, arch, proxy_rule(w, rule), w).values(), default=1) for w in WIDTHS)
+            axis.set_ylim(lowest * 0.97, lowest * 1.6)
+        axes[1, column].set_xlabel("log2 learning rate", fontsize=8)
+    axes[0, 0].set_ylabel("validation loss", fontsize=8)
+    axes[1, 0].set_ylabel("validation loss", fontsize=8)
+    axes[0, 0].legend(title="width", fontsize=7, title_fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# ---- muP with the proxy's multipliers against SP tuned at each width -------------------------------------------------
+
+
+def _cost_s(results: Results, points: Iterable[Point]) -> float:
+    return sum(results.rows[p.key]["cpu_s"] for p in {p.key: p for p in points}.values() if p.key in results.rows)
+
+
+def against_table(results: Results, arch: str) -> list[str]:
+    tuning = Tuning(results, arch)
+    if tuning.choice is None:
+        return [f"{arch}: the proxy's tuning is not done."]
+    rate, mult = tuning.choice
+    points = {p.key: p for p in against_points(results, arch)}.values()
+    lines = [
+        f"### {arch}: learning rate 2^{rate:g}, multipliers {', '.join(f'{g} x{v:g}' for g, v in mult) or 'none'}",
+        "",
+        "| width | muP, transferred | SP tuned here (log2 LR) | difference, each seed | mean |",
+        "|---|---|---|---|---|",
+    ]
+    for width in WIDTHS[2:]:
+        best, _ = sp_best(results, arch, width)
+        pairs = []
+        for point in points:
+            if point.width == width and point.rule == "mup" and point.lr_mult == mult and point.log2_lr == rate:
+                twin = [p for p in points if (p.width, p.rule, p.seed, p.log2_lr) == (width, "sp", point.seed, best)]
+                ours, theirs = results.loss(point), results.loss(twin[0]) if twin else None
+                if ours is not None and theirs is not None:
+                    pairs.append((ours, theirs))
+        if not pairs:
+            lines.append(f"| {width} | not run to the end | | | |")
+            continue
+        gaps = [ours / theirs - 1 for ours, theirs in pairs]
+        lines.append(
+            f"| {width} | {statistics.fmean(o for o, _ in pairs):.4f} | {statistics.fmean(t for _, t in pairs):.4f} "
+            f"({best:g}) | {' '.join(f'{g:+.1%}' for g in gaps)} | **{statistics.fmean(gaps):+.2%}** |"
+        )
+    return [*lines, "", *(f"* {step}" for step in tuning.log), ""]
+
+
+# ---- time to the same loss -------------------------------------------------------------------------------------------
+
+
+def same_loss_table(results: Results, arch: str) -> list[str]:
+    """Steps that muP needs for the final loss of SP, over SP's steps; means over seeds."""
+    points = list(same_loss(results, arch))
+    if any(not p.looks or p.key not in results.rows for p in points):
+        return [f"{arch}: not run to the end."]
+    proxy, tuned = best_on_grid(results, arch, "mup", WIDTHS[0]), best_on_grid(results, arch, "sp", WIDTHS[-1])
+    lines = [
+        f"### {arch}, width {WIDTHS[-1]}: muP at the proxy's 2^{proxy}",
+        "",
+        "| SP with | its loss, each seed | muP's steps for it / SP's steps, each seed | SP's steps / muP's |",
+        "|---|---|---|---|",
+    ]
+    for name, rate in (("the proxy's LR", proxy), ("1e-4", None), (f"its own, 2^{tuned}", tuned)):
+        ratios, final = [], []
+        for seed in (0, 1):
+            mine = next(p for p in points if p.rule == "mup" and p.seed == seed)
+            others = [p for p in points if p.rule == "sp" and p.seed == seed]
+            other = next(p for p in others if (p.log2_lr == rate if rate is not None else p.log2_lr < -13))
+            theirs = results.rows[other.key]["curve"]
+            last = max(map(int, theirs), default=0)
+            goal = min(theirs.get(str(last), DIVERGED), DIVERGED)
+            final.append(goal)
+            ratios.append(_steps_to(results.rows[mine.key]["curve"], goal) / last)
+        mean = statistics.fmean(ratios)
+        shown = " ".join(f"{r:.2f}" for r in ratios)
+        lines.append(f"| {name} | {' '.join(f'{x:.4f}' for x in final)} | {shown} | {1 / mean:.2f} |")
+    return [*lines, ""]
+
+
+def _steps_to(curve: dict[str, float], goal: float) -> float:
+    """Where a curve of looks first passes `goal`, between looks by a straight line; inf if it never does."""
+    before: tuple[int, float] | None = None
+    for step, loss in sorted((int(s), x) for s, x in curve.items()):
+        if loss <= goal:
+            if before is None:
+                return step
+            return before[0] + (step - before[0]) * (before[1] - goal) / (before[1] - loss)
+        before = step, loss
+    return math.inf
+
+
+def main() -> None:
+    results = Results(HERE / "results.jsonl")
+    lines = ["# Results", "", "Written by `python examples/lr_transfer/analyse.py` from results.jsonl.", ""]
+    lines += ["## Where the best learning rate lies", ""]
+    for arch in ARCHS:
+        lines += transfer_table(results, arch)
+    transfer_figure(results, HERE / "transfer.png")
+    lines += ["![validation loss against learning rate](transfer.png)", ""]
+    lines += ["## Transferred muP against SP tuned at each width, decay to zero", ""]
+    for arch in ARCHS:
+        lines += against_table(results, arch)
+    lines += ["## Time to the same loss", ""]
+    for arch in ARCHS:
+        lines += same_loss_table(results, arch)
+    cost_s = sum(row["cpu_s"] for row in results.rows.values())
+    lines += ["", f"{len(results.rows)} runs, {cost_s / 60:.0f} core-minutes.", ""]
+    (HERE / "results.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
