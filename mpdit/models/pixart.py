@@ -39,9 +39,8 @@ class Embed(nn.Module):
         self.patch = PatchEmbed(ctx)
         self.time = ConditionMLP(ctx, TIME_FEATURES)
         self.ada = Modulation(ctx, 6, tokens_sharded=False)
-        self.text: nn.Module = Table(ctx, model.vocab_size)
-        if model.text_dim:
-            self.text = ConditionMLP(ctx, model.text_dim, nn.GELU(approximate="tanh"))
+        gelu = nn.GELU(approximate="tanh")
+        self.text = ConditionMLP(ctx, model.text_dim, gelu) if model.text_dim else Table(ctx, model.vocab_size)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         image_SBD = self.patch(inputs.image_BCHW)

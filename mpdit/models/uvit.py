@@ -57,6 +57,8 @@ class Block(nn.Module):
         super().__init__()
         self.leaves_skip, self.residual_multiplier = leaves_skip, ctx.residual_multiplier
         self.skip = WholeLinear(ctx, 2 * ctx.width, ctx.width) if takes_skip else None
+        if self.skip is not None:
+            self.skip.on_main_path = True
         self.norm_1 = LayerNorm(ctx)
         self.attn = SelfAttention(ctx, qkv_bias=False)
         self.norm_2 = LayerNorm(ctx)

@@ -83,22 +83,30 @@ class Finding:
 def expected_slope(key: Key, tags: Mapping[str, Tag]) -> float:
     """0, but -1/2 for what an output layer makes at the start: its init is that of the proxy, divided by the width.
 
-    So also for finite layers that follow one. (A readout that starts at zero has no slope at all.) `tags` are those of
-    the widest model: there, what grows with the width has grown.
+    (A readout that starts at zero has no slope at all.)
     """
     tag = tags.get(f"{key.name}.weight")
     starts = key.statistic == ACTIVATION and key.step == 0
+    return -0.5 if starts and tag is not None and tag.role is Role.OUTPUT else 0.0
+
+
+def is_finite(key: Key, tags: Mapping[str, Tag]) -> bool:
+    """Whether a layer has neither fan in the width, as those behind an output layer: what they are given shrinks with
+    it, so theirs is no slope to judge. `tags` are those of the widest model: there, what grows has grown."""
+    tag = tags.get(f"{key.name.removesuffix('.weight')}.weight")
     return (
-        -0.5 if starts and tag is not None and tag.role is not Role.VECTOR and tag.fan_out == tag.base_fan_out else 0.0
+        tag is not None and tag.role is Role.INPUT and (tag.fan_in, tag.fan_out) == (tag.base_fan_in, tag.base_fan_out)
     )
 
 
-def judge(found: Mapping[Key, float], bounds: Bounds, expected: Callable[[Key], float]) -> list[Finding]:
+def judge(
+    found: Mapping[Key, float], bound_of: Callable[[Key], float | None], expected: Callable[[Key], float]
+) -> list[Finding]:
     """What is out of bounds; first what names a culprit: a wrong init (step 0), then own updates, then activations."""
     every = (
         Finding(key=key, slope=slope, expected=expected(key), bound=bound)
         for key, slope in found.items()
-        if (bound := bounds.of(key)) is not None
+        if (bound := bound_of(key)) is not None
     )
     out = [finding for finding in every if finding.excess > 1]
     order = {ACTIVATION: 0, UPDATE: 1, CHANGE: 2}

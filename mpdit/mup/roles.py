@@ -40,6 +40,9 @@ class Width(int):
         self.base = base
         return self
 
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
+        return int(self), self.base  # torch layers keep their sizes, and are copied and pickled
+
     def __mul__(self, factor: SupportsIndex) -> "Width":
         return Width(int(self) * int(factor), self.base * int(factor))
 
@@ -111,10 +114,13 @@ def declare(module: nn.Module, **tags: Tag) -> None:
 
 
 def on_residual_branch(block: nn.Module) -> nn.Module:
-    """Mark all that is declared under `block` as part of a residual branch; the block itself."""
+    """Mark all that is declared under `block` as part of a residual branch; the block itself.
+
+    But what says ``on_main_path`` lies between branches, as a U-ViT's skip layer does.
+    """
     for module in block.modules():
         tags: dict[str, Tag] = getattr(module, "mup_tags", {})
-        if tags:
+        if tags and not getattr(module, "on_main_path", False):
             declare(module, **{name: dataclasses.replace(tag, in_block=True) for name, tag in tags.items()})
     return block
 

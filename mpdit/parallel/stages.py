@@ -195,6 +195,20 @@ def _packed_tokens(config: Config, parts: Parts) -> int:
     return max(sum(local_tokens(config, parts.streams(done))) for done in ends)
 
 
+def crossing_note(config: Config, parts: Parts) -> str:
+    """What crosses a stage boundary, and how much of it are long skips; empty without pipeline stages or skips."""
+    fullest = max((parts.streams(blocks.stop) for blocks in split(config)[:-1]), key=len, default=[])
+    skips = [stream for stream in fullest if stream.name.startswith("skip")]
+    if not skips:
+        return ""
+    tokens, of_skips = sum(local_tokens(config, fullest)), sum(local_tokens(config, skips))
+    mb = tokens * config.model.width * (2 if config.parallel.precision == "bf16" else 4) / 1e6
+    return (
+        f"long skips: each stage boundary carries {tokens} tokens a sample ({mb:.3g} MB), {of_skips} of them of "
+        f"{len(skips)} open skips: {tokens / (tokens - of_skips):.0f} times what a network without skips sends."
+    )
+
+
 def crossing(config: Config, parts: Parts, features: int) -> Crossing:
     """The sizes of what crosses between stages and of the prediction. Raises InputError where tokens don't divide."""
     model, parallel = config.model, config.parallel

@@ -91,7 +91,7 @@ def noised_batch(
     )
 
 
-def _teacher(config: Config) -> Teacher | None:
+def own_teacher(config: Config) -> Teacher | None:
     """REPA's, on the stage with the block that it teaches; None elsewhere, and where REPA is off."""
     model = config.model
     if not config.objective.repa_weight or not stages.holds(config, repa.block_index(config)):
@@ -112,7 +112,7 @@ class TrainFeed:
     def __init__(self, config: Config, shards: Shards, plan: Plan, tokenizer: Tokenizer, start_step: int) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.micro_batches = plan.share(groups.data_size(), config.parallel.micro_batch) // config.parallel.micro_batch
-        self.teacher = _teacher(config)
+        self.teacher = own_teacher(config)
         self.loader: Loader | None = None
         if groups.is_first_stage() or groups.is_last_stage() or self.teacher is not None:
             self.loader = Loader(

@@ -105,6 +105,8 @@ def _train(config: Config, asked: Config, sets: Sets) -> None:
     with _Recorder(config, asked, sets, run, start) as recorder:
         if path is not None:
             recorder.report.say(f"going on from {path} at step {start}")
+        if run.network.note:
+            recorder.report.say(run.network.note)
         try:
             _Run(config, sets, run, recorder).from_step(start)
         except InputError as error:

@@ -170,7 +170,7 @@ def _network(config: Config) -> None:
             f"objective.repa_block is {config.objective.repa_block}, but model.depth is {model.depth}; it should be "
             f"the number of a block, 1 to {model.depth}, or 0 for a third of the depth."
         )
-    samplers.check(config.sample.sampler, kind)
+    samplers.check(config.sample.sampler, kind, config.sample.steps)
     beta1, beta2 = rules.betas(config)
     if min(beta1, beta2) < 0:
         raise InputError(

@@ -30,6 +30,11 @@ class Network:
     table: Table  # of the whole model
     crossing: Crossing
 
+    @property
+    def note(self) -> str:
+        """What a person should know of the network in this layout; often nothing."""
+        return stages.crossing_note(self.ctx.config, models.parts(self.ctx))
+
     def loss(self, prediction_SBK: torch.Tensor, batch: Batch) -> torch.Tensor:
         return batches.loss(self.ctx.config, prediction_SBK, batch)
 

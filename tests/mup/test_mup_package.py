@@ -1,4 +1,4 @@
-"""Parity with Microsoft's mup package 1.0.0: the paper's two released networks get the same init, LR, decay, training.
+"""Parity with Microsoft's mup package 1.0.0 for the paper's two released networks: init, LR, decay and training.
 
 Theirs is plain PyTorch (reference/mup_models.py), `set_base_shapes` and `MuAdamW`; ours is the table, the parallel
 model and Megatron's optimizer. `pytest tests/mup/test_mup_package.py -s` prints the tables side by side.
@@ -68,6 +68,7 @@ def their_model(arch: str, width: int, depth: int = 2, device: str = "cpu") -> n
 
 def draw(arch: str, model: nn.Module, proxy: Table) -> None:
     """Initial weights by the package's function, told what the proxy draws."""
+    torch.manual_seed(0)
     for name, p in model.named_parameters():
         mup.init.normal_(p, std=proxy[mup_models.project_name(arch, name)].rule.init_std)
 
@@ -211,7 +212,7 @@ def weights_and_tables(rank: int, world: int, arch: str) -> dict[str, bool]:
 @pytest.mark.dist
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_proxy_is_the_standard_model(arch: str) -> None:
-    """At the base width every field of the table and every bit of the initial weights is the same under sp and muP."""
+    """At the base width every field of the table and every bit of the weights is the same under sp and muP."""
     same = ranks.run(1, weights_and_tables, arch=arch)[0]
     assert same == dict.fromkeys(("mup table", "mup weights", "completep table", "completep weights"), True)
 
@@ -220,7 +221,7 @@ def test_the_proxy_is_the_standard_model(arch: str) -> None:
 
 
 def batches(arch: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(noisy latents, times, labels or text features, target) of each step: noise, and something for the variance."""
+    """(noisy latents, times, labels or text features, target: noise, and something for the variance) a step."""
     g = torch.Generator().manual_seed(7)
     for _ in range(STEPS):
         image, noise, other = torch.randn(3, BATCH, 4, SIDE, SIDE, generator=g)
@@ -305,6 +306,6 @@ def test_training_is_the_packages(arch: str, width: int, depth: int, start: dict
     assert error <= LOSS_BOUND
     assert theirs[-1] < 0.9 * theirs[0]
     for name, apart in found["apart"].items():
-        # A bias of keys adds the same to all scores of a query, which softmax undoes: its gradient is all rounding.
+        # A bias of keys adds the same to all scores of a query, which softmax undoes: its gradient is rounding.
         keys = name.endswith((".qkv.linear.bias", ".kv.bias"))
         assert keys or apart <= WEIGHT_BOUND, (name, apart)

@@ -1,4 +1,4 @@
-"""The equations of the parametrization against numbers worked out by hand, and the identities they have to keep."""
+"""The equations of the parametrization: against numbers worked out by hand, and the identities they keep."""
 
 import dataclasses
 import math
@@ -89,7 +89,7 @@ def test_a_hidden_weights_ratio_is_that_of_its_fan_in() -> None:
 
 
 def test_a_finite_fan_in_leaves_all_but_eps() -> None:
-    """The gradient of what feeds a width shrinks with it, so eps does; LR, decay and init stay those of the proxy."""
+    """The gradient of what feeds a width shrinks with it, so eps does; LR, decay and init are the proxy's."""
     wide, proxy = at(matrix(Width(300, 100), 640)), at(matrix(Width(100, 100), 640))
     assert wide == dataclasses.replace(proxy, eps=wide.eps)
     assert wide.eps == pytest.approx(1e-8 / 3)

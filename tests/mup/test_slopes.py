@@ -17,6 +17,7 @@ from mpdit.mup.coordcheck import (
     Key,
     expected_gradient_slope,
     expected_slope,
+    is_finite,
     judge,
     slopes,
     still,
@@ -76,19 +77,19 @@ def test_findings_name_causes_before_what_follows_from_them() -> None:
         key(CHANGE, 2, "fine"): 0.09,
         key(ACTIVATION, 2, "not judged"): 3.0,
     }
-    out = judge(found, Bounds(), lambda _: 0.0)
+    out = judge(found, Bounds().of, lambda _: 0.0)
     assert [f.key.name for f in out] == ["a", "d.weight", "c.weight", "b"]
     assert out[1].excess == pytest.approx(1 / 0.3)
 
 
 def test_a_slope_is_judged_against_what_is_expected() -> None:
     found = {key(ACTIVATION, 0, "repa"): -0.5, key(ACTIVATION, 0, "other"): 0.0}
-    assert [f.key.name for f in judge(found, Bounds(), lambda k: -0.5)] == ["other"]
+    assert [f.key.name for f in judge(found, Bounds().of, lambda k: -0.5)] == ["other"]
 
 
 @pytest.mark.parametrize(
     ("tag", "wanted"),
-    [(matrix(2048, D), -0.5), (matrix(16, 2048), -0.5), (matrix(D, D), 0.0), (matrix(D, 16), 0.0), (vector(16), 0.0)],
+    [(matrix(2048, D), -0.5), (matrix(16, 2048), 0.0), (matrix(D, D), 0.0), (matrix(D, 16), 0.0), (vector(16), 0.0)],
     ids=["output", "finite to finite", "hidden", "input", "gain"],
 )
 def test_an_output_layer_starts_smaller_the_wider_it_is(tag: Tag, wanted: float) -> None:
@@ -104,6 +105,18 @@ def test_an_output_layer_starts_smaller_the_wider_it_is(tag: Tag, wanted: float)
 )
 def test_the_eps_rule_counts_on_gradients_that_shrink_where_a_fan_grows(tag: Tag, wanted: float) -> None:
     assert expected_gradient_slope(tag) == wanted
+
+
+@pytest.mark.parametrize(
+    ("tag", "finite"),
+    [(matrix(16, 2048), True), (matrix(2048, D), False), (matrix(D, D), False), (matrix(D, 16), False)],
+)
+def test_layers_without_the_width_are_not_judged(tag: Tag, finite: bool) -> None:
+    """Their own updates; those of their biases are."""
+    tags = {"a.weight": tag, "a.bias": vector(16)}
+    assert is_finite(key(CHANGE, 1, "a"), tags) is finite
+    assert is_finite(key(UPDATE, 1, "a.weight"), tags) is finite
+    assert not is_finite(key(UPDATE, 1, "a.bias"), tags)
 
 
 def test_parameters_that_never_moved_are_named() -> None:

@@ -142,6 +142,7 @@ def gradients(rank: int, world: int, config: Config) -> float:
     groups.start(config.parallel, config.train.seed)
     run, sets = session.build(config), loop.Sets.open(config)
     feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
+    run.forward_backward(feed.next())  # nothing of the step before is counted
     micro_batches = feed.next()
     reported = run.forward_backward(micro_batches)
     (stage,) = (chunk.module for chunk in run.network.chunks)

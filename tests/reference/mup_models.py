@@ -1,8 +1,8 @@
 """DiT and PixArt-alpha as plain modules for Microsoft's mup package (github.com/microsoft/mup); nothing of mpdit.
 
-DiT: Peebles & Xie (arXiv 2212.09748), adaLN-Zero blocks. PixArt-alpha: Chen et al. (arXiv 2310.00426), adaLN-single and
-cross-attention. Their layers and names, down to the patches' convolution, fused qkv rows ordered (q | k | v, heads, d)
-and a MuReadout at the end; how they map onto the project's layers stands at the bottom.
+DiT: Peebles & Xie (arXiv 2212.09748), adaLN-Zero blocks. PixArt-alpha: Chen et al. (arXiv 2310.00426), with
+adaLN-single and cross-attention. Their layers and names, down to the patches' convolution, fused qkv rows ordered
+(q | k | v, heads, d) and a MuReadout at the end. How they map onto the project's layers stands at the bottom.
 
 N samples, C channels, H x W latent pixels, p patch side, T image tokens, L text tokens, D width, d head_dim.
 """
@@ -230,7 +230,7 @@ class T2IFinalLayer(nn.Module):
 
 
 class PixArt(nn.Module):
-    """Noisy latents [N, C, H, W], timesteps [N], text features [N, L, text_dim] -> noise and variance [N, 2C, H, W]."""
+    """Noisy latents [N, C, H, W], timesteps [N], features [N, L, text_dim] -> noise and variance [N, 2C, H, W]."""
 
     def __init__(self, s: Shape) -> None:
         super().__init__()

@@ -223,9 +223,13 @@ def betas(r: Recipe, base: tuple[float, float]) -> tuple[float, float]:
 
 
 def _eps_factor(name: str, p: Parameter, s: Shape, r: Recipe) -> float:
-    """Gradients shrink with the width, and inside the blocks with their residual multiplier: eps follows them."""
+    """Gradients shrink with the width, and inside the blocks with their residual multiplier: eps follows them.
+
+    A U-ViT's skip layer is on the main path, between the branches that are multiplied.
+    """
     in_width = 1 / _width_ratio(s, r) if p.width_in_gradient else 1.0
-    in_depth = residual_multiplier(s, r) if name.startswith("blocks.") else 1.0
+    on_branch = name.startswith("blocks.") and ".skip." not in name
+    in_depth = residual_multiplier(s, r) if on_branch else 1.0
     return {"scaled": in_width * in_depth, "constant": 1.0}[r.eps_rule]
 
 

@@ -17,17 +17,13 @@ def fixed_batch(config: Config, *, from_data: bool) -> list[Batch]:
     share = total // groups.data_size()
     images_BCHW, text_BL = _first_of_data(config) if from_data else _made_up(config)
     starts = range(groups.data_rank() * share, (groups.data_rank() + 1) * share, size)
-    ids = np.arange(total)
-    return [
-        batches.noised_batch(
-            config,
-            images_BCHW[start : start + size].to(accel.device()),
-            text_BL[start : start + size].to(accel.device()),
-            ids[start : start + size],
-            np.zeros(size, np.int64),
-        )
-        for start in starts
-    ]
+    ids, teacher, found = np.arange(total), batches.own_teacher(config), []
+    for start in starts:
+        part = slice(start, start + size)
+        clean_BCHW, text = images_BCHW[part].to(accel.device()), text_BL[part].to(accel.device())
+        batch = batches.noised_batch(config, clean_BCHW, text, ids[part], np.zeros(size, np.int64))
+        found.append(batch if teacher is None else batches.with_features(batch, teacher, clean_BCHW))
+    return found
 
 
 def _made_up(config: Config) -> tuple[Tensor, Tensor]:

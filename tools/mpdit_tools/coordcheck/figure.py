@@ -18,7 +18,7 @@ def save(outcome: Outcome, title: str, path: Path) -> Path:
     from matplotlib import pyplot
 
     panels = sorted(
-        {(key.step, key.statistic) for key in outcome.slopes if outcome.bounds.of(key) is not None},
+        {(key.step, key.statistic) for key in outcome.slopes if outcome.bound(key) is not None},
         key=lambda panel: (panel[0], [ACTIVATION, CHANGE, UPDATE].index(panel[1])),
     )
     columns = min(4, max(1, len(panels)))
@@ -41,12 +41,12 @@ def _panel(axis: Any, outcome: Outcome, statistic: str, step: int) -> None:
     sizes, named = sorted(outcome.measured), 0
     keys = [key for key in outcome.slopes if (key.statistic, key.step) == (statistic, step)]
     for key in sorted(keys, key=lambda key: outcome.off(key)):
-        bound = outcome.bounds.of(key)
+        bound = outcome.bound(key)
         out = bound is not None and outcome.off(key) > bound
         curve = _relative(outcome, key, sizes)
         axis.plot(sizes, curve, color=_RED if out else _GREY, linewidth=1.2 if out else 0.7, alpha=0.9 if out else 0.6)
     for key in sorted(keys, key=lambda key: -outcome.off(key)):
-        bound = outcome.bounds.of(key)
+        bound = outcome.bound(key)
         if named < _LABELLED and bound is not None and outcome.off(key) > bound:
             axis.text(
                 0.03,

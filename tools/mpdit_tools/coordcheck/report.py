@@ -14,6 +14,7 @@ from mpdit.mup.coordcheck import (
     Key,
     Measured,
     expected_slope,
+    is_finite,
     judge,
     slopes,
     still,
@@ -46,11 +47,17 @@ class Outcome:
 
     @functools.cached_property
     def findings(self) -> list[Finding]:
-        return judge(self.slopes, self.bounds, self.expected)
+        return judge(self.slopes, self.bound, self.expected)
 
     @property
     def still(self) -> list[str]:
         return still(self.measured, self.tags)
+
+    def bound(self, key: Key) -> float | None:
+        """How far from the expected a slope may be; None: shown, not judged."""
+        if self.axis == "width" and is_finite(key, self.tags):
+            return None
+        return self.bounds.of(key)
 
     def expected(self, key: Key) -> float:
         return expected_slope(key, self.tags) if self.axis == "width" else 0.0
@@ -66,14 +73,13 @@ class Outcome:
 
 def rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
     """(statistic, step, how many, largest |slope|, of what, bound, verdict) for each judged statistic and step."""
-    bounds = outcome.bounds
     groups: dict[tuple[int, str], list[Key]] = defaultdict(list)
     for key in outcome.slopes:
-        if bounds.of(key) is not None:
+        if outcome.bound(key) is not None:
             groups[key.step, key.statistic].append(key)
     for (step, statistic), keys in sorted(groups.items()):
         worst = max(keys, key=outcome.off)
-        bound = bounds.of(worst)
+        bound = outcome.bound(worst)
         assert bound is not None
         expected = outcome.expected(worst)
         slope = f"{outcome.slopes[worst]:+.2f}" + (f" (right: {expected:+g})" if expected else "")
