@@ -35,7 +35,7 @@ def project_name(arch: str, reference_name: str) -> str:
 
 
 def train_layout(rank: int, world: int, config: Config) -> dict[str, Any]:
-    """One rank of a run: {name: (initial shard, sharded dim or None)}, its tensor rank, losses, gradient norms, EMA."""
+    """One rank of a run: {name: (initial shard, its dim or None)}, its tensor rank, losses, norms, EMA."""
     from megatron.core import parallel_state
 
     from mpdit.parallel import groups
@@ -177,7 +177,7 @@ def difference(found: list[float], wanted: list[float]) -> float:
 
 
 def whole(results: list[dict[str, Any]], key: str = "shards") -> dict[str, torch.Tensor]:
-    """The whole model's tensors out of every rank's. What several ranks hold must be the same bits on all of them."""
+    """The whole model's tensors out of every rank's. What several ranks hold must be the same bits on all."""
     parts: dict[str, dict[int, torch.Tensor]] = {}
     dims = {name: dim for result in results for name, (_, dim) in result["shards"].items()}
     for result in results:

@@ -14,7 +14,7 @@ DIST_OPT_OVERLAP = {"distributed_optimizer": True, "overlap_grad_reduce": True, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What a run has beside the tiny run of tests/tiny.py, its reference, its layouts, and those run in bf16 too."""
+    """A network's reference, what its run has beside that of tests/tiny.py, its layouts, those in bf16 too."""
 
     plain: ModuleType
     sections: dict[str, dict[str, Any]]
@@ -28,7 +28,7 @@ class Case:
 
 
 def table(blocks: list[int], over_four: list[int], *, others: dict[str, Layout]) -> dict[str, Layout]:
-    """A dozen layouts with every mechanism in them; `blocks` on two stages, `over_four` on two times two chunks."""
+    """A dozen layouts with every mechanism; `blocks` on two stages, `over_four` on two times two chunks."""
     two, four = {"pp": 2, "pp_split": blocks}, {"pp": 2, "vpp": 2, "pp_split": over_four}
     return {
         "one process": ONE,
