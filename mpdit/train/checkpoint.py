@@ -24,7 +24,7 @@ from mpdit.models import repa
 from mpdit.parallel import groups, optimizer, sharded
 from mpdit.train.session import Network, Session
 
-FORMAT = "mpdit-checkpoint/1"
+FORMAT = "mpdit-checkpoint/2"
 _MANIFEST, _STATE = "manifest.json", "state.json"
 
 
@@ -73,13 +73,14 @@ def save(session: Session, config: Config, position: Position, run_dir: Path) ->
 
 
 def _network(config: Config) -> dict[str, Any]:
-    """What makes it another network: the model, the part of its muP that acts in the forward pass, REPA's projector."""
+    """What makes it another network: the model, the part of its muP that acts in the forward pass, what it predicts,
+    REPA's projector."""
     mup = to_dict(config.mup)
-    forward = ("parametrization", "base_width", "base_head_dim", "output_mult")
-    objective = {}
+    forward = ("parametrization", "base_width", "base_depth", "base_head_dim", "output_mult")
+    objective = {"kind": config.objective.kind}
     if config.objective.repa_weight:  # how heavy it weighs may change, what it aligns with what may not
         teacher = Path(config.objective.repa_teacher).name
-        objective = {"repa": f"after block {repa.block_index(config) + 1}, teacher {teacher}"}
+        objective["repa"] = f"after block {repa.block_index(config) + 1}, teacher {teacher}"
     return {"model": to_dict(config.model), "mup": {key: mup[key] for key in forward}, "objective": objective}
 
 

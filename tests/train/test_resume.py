@@ -176,6 +176,7 @@ def test_another_model_or_data_is_refused(tiny_set: Path, tmp_path: Path) -> Non
         ({"mup": {"base_width": 8}}, "mup.base_width"),
         ({"mup": {"base_depth": 4}}, "mup.base_depth"),
         ({"mup": {"output_mult": 3.0}}, "mup.output_mult"),
+        ({"objective": {"kind": "ddpm"}}, "objective.kind"),
     ):
         sections["mup"] = {**completep, **sections.get("mup", {})}
         with pytest.raises(ranks.RankFailed, match=f"InputError.*{word}"):
