@@ -77,7 +77,7 @@ def _network(config: Config) -> dict[str, Any]:
     REPA's projector."""
     mup = to_dict(config.mup)
     forward = ("parametrization", "base_width", "base_depth", "base_head_dim", "output_mult")
-    objective = {"kind": config.objective.kind}
+    objective: dict[str, str] = {"kind": config.objective.kind}
     if config.objective.repa_weight:  # how heavy it weighs may change, what it aligns with what may not
         teacher = Path(config.objective.repa_teacher).name
         objective["repa"] = f"after block {repa.block_index(config) + 1}, teacher {teacher}"
