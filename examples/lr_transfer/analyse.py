@@ -5,34 +5,55 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from plan import ARCHS, DIVERGED, WIDTHS, Point, Results, Tuning, best_on_grid, grid, same_loss, sp_best, transfer
+from plan import (
+    ARCHS,
+    DIVERGED,
+    SWEEP_SEEDS,
+    WIDTHS,
+    Point,
+    Results,
+    Tuning,
+    best_on_grid,
+    grid,
+    same_loss,
+    sp_best,
+    sweep,
+)
 from plan import against as against_points
 
 HERE = Path(__file__).parent
-_WINDOW = 1  # grid points beside the best that the parabola goes through
 
 
-def vertex(losses: dict[float, float]) -> tuple[float, float]:
-    """(log2 LR, loss) at the vertex of the parabola through the best grid point and its neighbours, in log loss.
-
-    At an edge of the grid there is none: the edge itself is returned.
-    """
+def parabola(losses: dict[float, float]) -> tuple[float, float, float, float] | None:
+    """(middle, log loss there, slope, curvature) through the best grid point and its neighbours; None at an edge."""
     rates = sorted(losses)
     best = min(range(len(rates)), key=lambda i: losses[rates[i]])
     if best in (0, len(rates) - 1):
-        return rates[best], losses[rates[best]]
-    x = rates[best - _WINDOW : best + _WINDOW + 1]
+        return None
+    x = rates[best - 1 : best + 2]
     y = [math.log(losses[rate]) for rate in x]
     h = x[1] - x[0]
-    curve, slope = (y[0] - 2 * y[1] + y[2]) / h**2, (y[2] - y[0]) / (2 * h)
-    if curve <= 0:
-        return x[1], math.exp(y[1])
-    shift = max(-h, min(h, -slope / curve))
-    return x[1] + shift, math.exp(y[1] + slope * shift + curve * shift**2 / 2)
+    return x[1], y[1], (y[2] - y[0]) / (2 * h), (y[0] - 2 * y[1] + y[2]) / h**2
+
+
+def vertex(losses: dict[float, float]) -> tuple[float, float]:
+    """(log2 LR, loss) at the vertex of :func:`parabola`; at an edge of the grid the edge itself."""
+    fitted = parabola(losses)
+    if fitted is None:
+        best = min(losses, key=lambda rate: losses[rate])
+        return best, losses[best]
+    middle, height, slope, curvature = fitted
+    shift = -slope / curvature if curvature > 0 else 0.0
+    return middle + shift, math.exp(height + slope * shift / 2)
 
 
 def at(losses: dict[float, float], rate: float) -> float:
-    """The loss at a learning rate between grid points, linear in log2 LR and log loss; an edge beyond the grid."""
+    """The loss at a learning rate between grid points: on the parabola where it was fitted, else on a straight line."""
+    fitted = parabola(losses)
+    if fitted is not None and abs(rate - fitted[0]) <= 1:
+        middle, height, slope, curvature = fitted
+        shift = rate - middle
+        return math.exp(height + slope * shift + curvature * shift**2 / 2)
     rates = sorted(losses)
     low = max([r for r in rates if r <= rate], default=rates[0])
     high = min([r for r in rates if r >= rate], default=rates[-1])
@@ -42,7 +63,12 @@ def at(losses: dict[float, float], rate: float) -> float:
     return math.exp((1 - part) * math.log(losses[low]) + part * math.log(losses[high]))
 
 
-def curve(results: Results, arch: str, rule: str, width: int, seeds: Sequence[int] = (0, 1)) -> dict[float, float]:
+def complete(results: Results, arch: str, rule: str) -> list[int]:
+    """Seeds of which every run of the sweep is there."""
+    return [s for s in SWEEP_SEEDS[rule] if all(results.loss(p) is not None for p in sweep(arch, rule, s))]
+
+
+def curve(results: Results, arch: str, rule: str, width: int, seeds: Sequence[int]) -> dict[float, float]:
     """Mean loss over seeds by log2 LR; learning rates that a seed lacks are left out."""
     found = {}
     for rate in grid(arch, rule, width):
@@ -59,12 +85,12 @@ def proxy_rule(width: int, rule: str) -> str:
 
 def transfer_table(results: Results, arch: str) -> list[str]:
     """The optimum of each width, how far it moved, and what the proxy's learning rate costs there."""
-    seeds = [s for s in (0, 1, 2, 3) if all(results.loss(p) is not None for p in transfer(results, arch, (s,)))]
-    if not seeds:
-        return [f"{arch}: not run to the end."]
-    base = vertex(curve(results, arch, "mup", WIDTHS[0], seeds))
+    seeds = {rule: complete(results, arch, rule) for rule in SWEEP_SEEDS}
+    if min(len(found) for found in seeds.values()) < 2:
+        return [f"{arch}: not run to the end.", ""]
+    base = vertex(curve(results, arch, "mup", WIDTHS[0], seeds["mup"]))
     lines = [
-        f"### {arch}, {len(seeds)} paired seeds",
+        f"### {arch}, paired seeds: muP {len(seeds['mup'])}, SP {len(seeds['sp'])}",
         "",
         "| width | muP vertex (each seed) | loss there | at the proxy's LR | SP vertex (each seed) | loss there "
         "| at the proxy's LR |",
@@ -73,10 +99,10 @@ def transfer_table(results: Results, arch: str) -> list[str]:
     for width in WIDTHS:
         cells = []
         for rule in ("mup", "sp"):
-            losses = curve(results, arch, proxy_rule(width, rule), width, seeds)
-            each = [vertex(curve(results, arch, proxy_rule(width, rule), width, [s]))[0] for s in seeds]
+            of = proxy_rule(width, rule)
+            losses = curve(results, arch, of, width, seeds[rule])
+            each = [vertex(curve(results, arch, of, width, [s]))[0] for s in seeds[rule]]
             where, best = vertex(losses)
-            best = min(best, *losses.values())
             regret = at(losses, base[0]) / best - 1 if base[0] <= max(losses) else math.nan
             cells += [
                 f"{where:+.2f} ({', '.join(f'{x:+.2f}' for x in each)})",
@@ -91,7 +117,9 @@ def transfer_figure(results: Results, path: Path) -> None:
     """Loss against learning rate, a curve a width: muP above, SP below, a column a model."""
     from matplotlib import pyplot
 
-    archs = [arch for arch in ARCHS if curve(results, arch, "sp", WIDTHS[1])]
+    archs = [arch for arch in ARCHS if complete(results, arch, "sp")]
+    if not archs:
+        return
     figure, axes = pyplot.subplots(
         2, len(archs), figsize=(3.4 * len(archs), 5.4), squeeze=False, sharex="col", sharey="col"
     )
@@ -99,7 +127,7 @@ def transfer_figure(results: Results, path: Path) -> None:
     for column, arch in enumerate(archs):
         for axis, rule, name in zip(axes[:, column], ("mup", "sp"), ("muP", "SP"), strict=True):
             for width, shade in zip(WIDTHS, shades, strict=True):
-                losses = curve(results, arch, proxy_rule(width, rule), width)
+                losses = curve(results, arch, proxy_rule(width, rule), width, complete(results, arch, rule))
                 if not losses:
                     continue
                 rates = sorted(losses)
@@ -110,7 +138,8 @@ def transfer_figure(results: Results, path: Path) -> None:
                 axis.plot([where], [best], "x", color=shade, markersize=8, markeredgewidth=2)
             axis.set_title(f"{arch}, {name}", fontsize=9)
             axis.grid(alpha=0.25)
-            lowest = min(min(curve(results, arch, proxy_rule(w, rule), w).values(), default=1) for w in WIDTHS)
+            curves = [curve(results, arch, proxy_rule(w, rule), w, complete(results, arch, rule)) for w in WIDTHS]
+            lowest = min(min(losses.values(), default=1) for losses in curves)
             axis.set_ylim(lowest * 0.97, lowest * 1.6)
         axes[1, column].set_xlabel("log2 learning rate", fontsize=8)
     axes[0, 0].set_ylabel("validation loss", fontsize=8)

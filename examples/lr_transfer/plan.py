@@ -90,13 +90,23 @@ def grid(arch: str, rule: str, width: int) -> range:
     return _SP_GRID[width] if rule == "sp" or width == WIDTHS[0] else _MUP_GRID
 
 
-def transfer(results: Results, arch: str, seeds: tuple[int, ...] = (0, 1)) -> Iterator[Point]:
+# A vertex moves by 0.1 to 0.4 octaves with the seed: muP's, which is to stay within half an octave, gets four of them.
+SWEEP_SEEDS = {"mup": (0, 1, 2, 3), "sp": (0, 1)}
+
+
+def sweep(arch: str, rule: str, seed: int) -> Iterator[Point]:
+    """One rule and seed at all widths; both rules share the proxy."""
+    for width in WIDTHS if rule == "mup" else WIDTHS[1:]:
+        for log2_lr in grid(arch, rule, width):
+            yield Point(arch=arch, rule=rule, width=width, log2_lr=log2_lr, seed=seed)
+
+
+def transfer(results: Results, arch: str) -> Iterator[Point]:
     """muP on one grid at every width; SP on a grid that holds its own optimum, and at the proxy's learning rate."""
-    for seed in seeds:
-        for width in WIDTHS:
-            for rule in ("mup", "sp") if width > WIDTHS[0] else ("mup",):
-                for log2_lr in grid(arch, rule, width):
-                    yield Point(arch=arch, rule=rule, width=width, log2_lr=log2_lr, seed=seed)
+    for seed in SWEEP_SEEDS["mup"]:
+        for rule in SWEEP_SEEDS:
+            if seed in SWEEP_SEEDS[rule]:
+                yield from sweep(arch, rule, seed)
 
 
 def quick(results: Results) -> Iterator[Point]:
