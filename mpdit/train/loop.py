@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -28,6 +28,7 @@ from mpdit.train.metrics import Metrics
 from mpdit.train.session import Session
 from mpdit.train.tracking import Tracker, redact_uri
 
+_LETTING_GO_S = 5.0  # a job that was just killed may take a moment to let go of its run folder
 _GRID_PROMPTS = 16  # validation captions drawn when sample.prompts is empty
 
 
@@ -86,11 +87,20 @@ def _only_writer(folder: Path) -> Iterator[None]:
     """Holds the run folder for this job, until its process ends. Raises InputError if another one holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"run.dir {folder}: another job is training there; stop it, or give another.") from None
+        deadline = time.monotonic() + _LETTING_GO_S
+        while not _locked(file):
+            if time.monotonic() > deadline:
+                raise InputError(f"run.dir {folder}: another job is training there; stop it, or give another.")
+            time.sleep(0.1)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _train(config: Config, asked: Config, sets: Sets) -> None:
