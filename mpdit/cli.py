@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 
 from mpdit.errors import CheckFailed, InputError
@@ -18,7 +19,8 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = [f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: mpdit COMMAND [ARGUMENTS]    (mpdit COMMAND --help tells more)",
@@ -33,7 +35,17 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _main(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read, such as head, has seen enough: end as a shell's own tools do
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2

@@ -191,10 +191,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file with dotted overrides, e.g. ``["parallel.tp=2", "optim.lr=1e-3"]``.
+    """The config of a YAML file or a run folder, with dotted overrides, e.g. ``["parallel.tp=2", "optim.lr=1e-3"]``.
 
     Raises InputError for an unreadable file, an unknown key (with the nearest known one) or a value of the wrong type.
     """
+    path = Path(path) / "config.yaml" if Path(path).is_dir() else path
     try:
         tree = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data() or {}
     except (OSError, UnicodeDecodeError) as error:

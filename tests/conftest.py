@@ -27,6 +27,9 @@ def labelled_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    passed = len(terminalreporter.stats.get("passed", []))
+    passed, skipped = (len(terminalreporter.stats.get(kind, [])) for kind in ("passed", "skipped"))
     layouts = len(ranks.layouts_run)
-    terminalreporter.write_line(f"{passed} tests passed, on {layouts} layouts of real ranks (precision counted in).")
+    terminalreporter.write_line(
+        f"{passed} tests passed, {skipped} skipped{' (why: above)' if skipped else ''}, on {layouts} layouts of real "
+        "ranks (precision counted in)."
+    )

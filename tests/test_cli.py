@@ -1,6 +1,7 @@
 """The command line: exit codes 0, 1 and 2, and one sentence without a traceback where the input was wrong."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,17 @@ def test_help_is_no_error(flag: str) -> None:
     done = run(flag)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: mpdit COMMAND")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As under `| head -1`: no traceback, and a shell's exit code for a closed pipe."""
+    command = [sys.executable, "-m", "mpdit", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # before a word is printed: Python takes longer than this to start
+        error = process.stderr.read()
+    assert (process.returncode, error) == (128 + signal.SIGPIPE, "")
 
 
 def test_version() -> None:

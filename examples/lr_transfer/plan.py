@@ -90,23 +90,47 @@ def grid(arch: str, rule: str, width: int) -> range:
     return _SP_GRID[width] if rule == "sp" or width == WIDTHS[0] else _MUP_GRID
 
 
-# A vertex moves by 0.1 to 0.4 octaves with the seed: muP's, which is to stay within half an octave, gets four of them.
-SWEEP_SEEDS = {"mup": (0, 1, 2, 3), "sp": (0, 1)}
+# A vertex moves by 0.1 to 0.4 octaves with the seed: muP's, which is to stay within half an octave, gets more of them.
+FIRST_SEEDS = (0, 1)  # run on the whole grid
+SWEEP_SEEDS = {"mup": (0, 1, 2, 3), "sp": FIRST_SEEDS}
+PROXY_SEEDS = tuple(range(8))  # the proxy costs little, and every width is held against it
 
 
-def sweep(arch: str, rule: str, seed: int) -> Iterator[Point]:
-    """One rule and seed at all widths; both rules share the proxy."""
-    for width in WIDTHS if rule == "mup" else WIDTHS[1:]:
-        for log2_lr in grid(arch, rule, width):
-            yield Point(arch=arch, rule=rule, width=width, log2_lr=log2_lr, seed=seed)
+def seeds_of(rule: str, width: int) -> tuple[int, ...]:
+    return PROXY_SEEDS if width == WIDTHS[0] else SWEEP_SEEDS[rule]
+
+
+def sweep(results: Results, arch: str, rule: str, width: int) -> Iterator[Point]:
+    """The first seeds on the whole grid, the others at the best rate of those and its neighbours, as far as known."""
+
+    def points(seed: int, rates: Iterable[int]) -> Iterator[Point]:
+        for rate in rates:
+            yield Point(arch=arch, rule=rule, width=width, log2_lr=rate, seed=seed)
+
+    rates = grid(arch, rule, width)
+    for seed in FIRST_SEEDS:
+        yield from points(seed, rates)
+    best = best_on_grid(results, arch, rule, width)
+    if best is not None:
+        for seed in seeds_of(rule, width)[len(FIRST_SEEDS) :]:
+            yield from points(seed, [rate for rate in rates if abs(rate - best) <= 1])
+
+
+def best_on_grid(results: Results, arch: str, rule: str, width: int) -> int | None:
+    """The constant-rate sweep's best grid point by its first seeds."""
+    losses = {
+        rate: results.mean(Point(arch=arch, rule=rule, width=width, log2_lr=rate, seed=seed) for seed in FIRST_SEEDS)
+        for rate in grid(arch, rule, width)
+    }
+    return None if None in losses.values() else min(losses, key=lambda rate: losses[rate] or DIVERGED)
 
 
 def transfer(results: Results, arch: str) -> Iterator[Point]:
     """muP on one grid at every width; SP on a grid that holds its own optimum, and at the proxy's learning rate."""
-    for seed in SWEEP_SEEDS["mup"]:
-        for rule in SWEEP_SEEDS:
-            if seed in SWEEP_SEEDS[rule]:
-                yield from sweep(arch, rule, seed)
+    for width in WIDTHS:
+        yield from sweep(results, arch, "mup", width)
+        if width > WIDTHS[0]:
+            yield from sweep(results, arch, "sp", width)
 
 
 def quick(results: Results) -> Iterator[Point]:
@@ -149,7 +173,7 @@ class Tuning:
         self.wanted: list[Point] = []
         self.log: list[str] = []
         self.choice: tuple[float, Mult] | None = None
-        lr = self._best_lr(())
+        self.plain_lr = lr = self._best_lr(())
         if lr is None:
             return
         mult = self._helpful(lr, ())
@@ -227,12 +251,10 @@ def sp_best(results: Results, arch: str, width: int) -> tuple[float | None, list
 def against(results: Results, arch: str) -> Iterator[Point]:
     """muP with the proxy's multipliers and learning rate, muP with its learning rate alone, SP tuned; x4 and x8."""
     tuning = Tuning(results, arch)
-    if tuning.choice is None:
+    if tuning.choice is None or tuning.plain_lr is None:
         yield from tuning.wanted
         return
     lr, mult = tuning.choice
-    plain = Tuning(results, arch)._best_lr(())
-    assert plain is not None
     for width in WIDTHS[2:]:
         best, wanted = sp_best(results, arch, width)
         yield from wanted
@@ -241,22 +263,12 @@ def against(results: Results, arch: str) -> Iterator[Point]:
             if best is not None:
                 yield _decayed(arch, "sp", width, best, seed)
         for seed in _SEEDS[:2]:
-            yield _decayed(arch, "mup", width, plain, seed)
+            yield _decayed(arch, "mup", width, tuning.plain_lr, seed)
 
 
 # ---- time to the same loss -------------------------------------------------------------------------------------------
 
 PUBLISHED_LOG2_LR = -13.2877  # 1e-4
-
-
-def best_on_grid(results: Results, arch: str, rule: str, width: int) -> int | None:
-    """The constant-rate sweep's best grid point by two seeds."""
-    rates = grid(arch, rule, width)
-    losses = {
-        lr: results.mean(Point(arch=arch, rule=rule, width=width, log2_lr=lr, seed=seed) for seed in (0, 1))
-        for lr in rates
-    }
-    return None if None in losses.values() else min(losses, key=lambda lr: losses[lr] or DIVERGED)
 
 
 def same_loss(results: Results, arch: str) -> Iterator[Point]:

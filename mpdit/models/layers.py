@@ -17,7 +17,7 @@ from mpdit.parallel import tokens
 from mpdit.parallel.attention import Attention
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import ColumnLinear, HeadNorm, Modulation, Readout, ReplicatedLinear, RowLinear, Table
-from mpdit.parallel.stages import Stream
+from mpdit.parallel.stages import Stream, image_tokens
 from mpdit_kernels.modulate import layer_norm_modulate
 
 TIME_FEATURES = 256  # of the sinusoidal timestep embedding, as in DiT and SD3
@@ -49,7 +49,7 @@ def out_features(model: Model) -> int:
 
 
 def image_stream(model: Model) -> Stream:
-    return Stream(name="image", tokens=(model.image_size // model.patch) ** 2)
+    return Stream(name="image", tokens=image_tokens(model))
 
 
 def text_stream(model: Model) -> Stream:

@@ -17,7 +17,7 @@ from mpdit.models.layers import Inputs
 from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import Readout, ReplicatedLinear
-from mpdit.parallel.stages import Auxiliary, Parts
+from mpdit.parallel.stages import Auxiliary, Parts, image_tokens
 
 HIDDEN = 2048  # of the projector, as in REPA's code
 _FEATURES = {"efficientnet_lite0": 112}
@@ -29,7 +29,7 @@ def auxiliary(ctx: Context, parts: Parts) -> Auxiliary | None:
     if not objective.repa_weight:
         return None
     features, block = teacher_features(objective), block_index(ctx.config)
-    mixed = parts.streams(block + 1)[0].tokens != _image_tokens(ctx)
+    mixed = parts.streams(block + 1)[0].tokens != image_tokens(ctx.config.model)
     return Auxiliary(
         block=block,
         weight=objective.repa_weight,
@@ -68,11 +68,6 @@ def _dinov2_features(folder: Path) -> int:
     return features
 
 
-def _image_tokens(ctx: Context) -> int:
-    model = ctx.config.model
-    return (model.image_size // model.patch) ** 2
-
-
 class Alignment(nn.Module):
     """The projector, three linears with SiLU between them, and the loss. Every tensor rank computes it whole.
 
@@ -82,7 +77,7 @@ class Alignment(nn.Module):
 
     def __init__(self, ctx: Context, features: int, *, mixed: bool) -> None:
         super().__init__()
-        self.ctx, self.mixed, self.image_tokens = ctx, mixed, _image_tokens(ctx)
+        self.ctx, self.mixed, self.image_tokens = ctx, mixed, image_tokens(ctx.config.model)
         self.linear_1 = Readout(ctx, HIDDEN, gain=1.0)
         self.linear_2 = ReplicatedLinear(ctx, HIDDEN, HIDDEN)
         self.linear_3 = ReplicatedLinear(ctx, HIDDEN, features)

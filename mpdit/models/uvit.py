@@ -23,7 +23,7 @@ from mpdit.mup.roles import Group, declare, matrix, vector
 from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import LayerNorm, Positions, Readout, ReplicatedLinear, WholeLinear
-from mpdit.parallel.stages import Stream
+from mpdit.parallel.stages import Stream, image_tokens
 
 
 class Embed(nn.Module):
@@ -47,7 +47,7 @@ class Embed(nn.Module):
 
 def _tokens(ctx: Context) -> int:
     model = ctx.config.model
-    return 1 + model.text_tokens + (model.image_size // model.patch) ** 2
+    return 1 + model.text_tokens + image_tokens(model)
 
 
 class Block(nn.Module):
@@ -88,7 +88,7 @@ class Head(nn.Module):
         super().__init__()
         model = ctx.config.model
         self.ctx, self.patch, self.side = ctx, model.patch, model.image_size
-        self.image_tokens = (model.image_size // model.patch) ** 2
+        self.image_tokens = image_tokens(model)
         self.norm = LayerNorm(ctx, tokens_sharded=False)
         self.out = Readout(ctx, out_features(model))
         self.conv = Convolution(ctx, out_channels(model))
@@ -120,7 +120,6 @@ class UViT:
     def streams(self, done: int) -> list[Stream]:
         keys = "1 + model.text_tokens + (model.image_size / model.patch)^2"
         open_skips = min(done, self.ctx.config.model.depth - done)
-        return [
-            Stream(name=name, tokens=_tokens(self.ctx), keys=keys)
-            for name in ("image, text and time", *(f"skip {i}" for i in range(open_skips)))
-        ]
+        whole = Stream(name="image, text and time", tokens=_tokens(self.ctx), keys=keys)
+        skips = [dataclasses.replace(whole, name=f"skip {i}", skip=True) for i in range(open_skips)]
+        return [whole, *skips]

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpdit.config import Config, Parallel
+from mpdit.config import Config, Model, Parallel
 from mpdit.errors import InputError
 from mpdit.mup.roles import on_residual_branch
 from mpdit.parallel.context import Context
@@ -26,13 +26,19 @@ from mpdit.parallel.context import Context
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Stream:
-    """Tokens of the whole model that a block takes and gives. `split`: shared out under cp and sp; `keys`: whose
-    config keys say how many."""
+    """Tokens of the whole model that a block takes and gives. `split`: shared out under cp and sp; `skip`: on their way
+    to a later block; `keys`: the config keys that say how many."""
 
     name: str
     tokens: int
     split: bool = True
+    skip: bool = False
     keys: str = "(model.image_size / model.patch)^2"
+
+
+def image_tokens(model: Model) -> int:
+    """Patches of an image."""
+    return (model.image_size // model.patch) ** 2
 
 
 class Parts(Protocol):
@@ -198,7 +204,7 @@ def _packed_tokens(config: Config, parts: Parts) -> int:
 def crossing_note(config: Config, parts: Parts) -> str:
     """What crosses a stage boundary, and how much of it are long skips; empty without pipeline stages or skips."""
     fullest = max((parts.streams(blocks.stop) for blocks in split(config)[:-1]), key=len, default=[])
-    skips = [stream for stream in fullest if stream.name.startswith("skip")]
+    skips = [stream for stream in fullest if stream.skip]
     if not skips:
         return ""
     tokens, of_skips = sum(local_tokens(config, fullest)), sum(local_tokens(config, skips))
@@ -213,15 +219,15 @@ def crossing(config: Config, parts: Parts, features: int) -> Crossing:
     """The sizes of what crosses between stages and of the prediction. Raises InputError where tokens don't divide."""
     model, parallel = config.model, config.parallel
     local_tokens(config, parts.streams(0))
-    image_tokens = (model.image_size // model.patch) ** 2
-    if image_tokens % parallel.cp:
+    count = image_tokens(model)
+    if count % parallel.cp:
         raise InputError(
-            f"(model.image_size / model.patch)^2 is {image_tokens} image tokens, which do not divide by parallel.cp "
+            f"(model.image_size / model.patch)^2 is {count} image tokens, which do not divide by parallel.cp "
             f"{parallel.cp}."
         )
     return Crossing(
         sequence_length=_packed_tokens(config, parts) * parallel.cp * (parallel.tp if parallel.sp else 1),
-        rows=image_tokens // parallel.cp,
+        rows=count // parallel.cp,
         features=features,
     )
 

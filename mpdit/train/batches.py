@@ -1,6 +1,7 @@
 """From samples to what the network is asked and what it should answer. The only place where data meets objective."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpdit import objective
-from mpdit.config import Config
+from mpdit.config import Config, Objective
 from mpdit.data.decode import Loader, decode
 from mpdit.data.plan import Plan
 from mpdit.data.shards import Shards
@@ -96,7 +97,12 @@ def own_teacher(config: Config) -> Teacher | None:
     model = config.model
     if not config.objective.repa_weight or not stages.holds(config, repa.block_index(config)):
         return None
-    return Teacher.open(config.objective, model.image_size // model.patch, model.channels, accel.device())
+    return _opened(config.objective, model.image_size // model.patch, model.channels, accel.device())
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(asked: Objective, grid: int, channels: int, device: torch.device) -> Teacher:
+    return Teacher.open(asked, grid, channels, device)
 
 
 def with_features(batch: Batch, teacher: Teacher, images_BCHW: Tensor) -> Batch:

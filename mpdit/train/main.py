@@ -2,7 +2,6 @@
 
 import os
 import sys
-from pathlib import Path
 
 USAGE = """usage: mpdit train CONFIG [section.key=value ...]
        torchrun --nproc-per-node N -m mpdit train CONFIG [section.key=value ...]
@@ -22,8 +21,7 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         print(configs.describe())
         return 0 if argv else 2
-    path = Path(argv[0])
-    config = configs.load(path / "config.yaml" if path.is_dir() else path, argv[1:])
+    config = configs.load(argv[0], argv[1:])
     use_cores()
 
     from mpdit.parallel import accel

@@ -260,7 +260,7 @@ def test_a_loader_built_after_a_fork_works(shards: Shards) -> None:
 @pytest.mark.gpu
 def test_gpu_decodes_nearly_the_same(shards: Shards) -> None:
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("no CUDA device, on which images would be decoded")
     for cpu, gpu in zip(take(shards, 4), take(shards, 4, device="cuda"), strict=True):
         assert gpu.images.is_cuda
         assert (gpu.images.cpu() - cpu.images).abs().max() <= 2 / 255

@@ -18,10 +18,6 @@ from mpdit.objective.repa import Teacher
 LITE = Objective(repa_weight=0.5)
 GRID, PATCH = 8, 4
 
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers, the extra dinov2, is not installed"
-)
-
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
@@ -149,7 +145,6 @@ def dinov2_features(rank: int, world: int, folder: Path, **settings: Any) -> dic
     }
 
 
-@needs_transformers
 @pytest.mark.parametrize("settings", [{}, {"num_register_tokens": 3}], ids=["plain", "registers"])
 def test_a_dinov2_in_a_folder(settings: dict[str, Any], tmp_path: Path) -> None:
     found = ranks.run(1, dinov2_features, folder=tmp_path / "teacher", **settings)[0]
@@ -171,7 +166,6 @@ def dinov2_with_code(rank: int, world: int, folder: Path) -> bool:
     return (folder / "was_run").exists()
 
 
-@needs_transformers
 def test_code_beside_the_weights_is_not_run(tmp_path: Path) -> None:
     assert ranks.run(1, dinov2_with_code, folder=tmp_path / "teacher") == [False]
 

@@ -2,6 +2,7 @@
 
 from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -58,6 +59,13 @@ def make_weights(plain: ModuleType, s: plain_common.Shape, seed: int = 0) -> dic
 def count(plain: ModuleType, s: plain_common.Shape) -> int:
     """Numbers in all parameters."""
     return sum(torch.Size(p.shape).numel() for p in plain.parameters(s).values())
+
+
+def assert_rule(plain: ModuleType, s: plain_common.Shape, name: str, expected: tuple[float, ...]) -> None:
+    """(init std, LR, weight decay, eps, multiplier) of a parameter at the width of `s`, from base width 48."""
+    rule = plain.rules(s, plain_common.Recipe(base_width=48, lr=2e-3, weight_decay=0.1, eps=1e-6))[name]
+    got = (rule.init_std, rule.lr, rule.weight_decay, rule.eps, rule.multiplier)
+    assert got == pytest.approx(expected)
 
 
 def swap_patch_order(rows: Tensor, s: plain_common.Shape) -> Tensor:

@@ -1,5 +1,6 @@
 """The reference DiT against diffusers' DiT, published numbers of parameters, and the table of rules by hand."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,7 @@ import torch
 from torch import Tensor
 
 from reference import plain_dit as plain
-from reference.plain_cases import SMALL, assert_gradients_close, count, make_batch, make_weights
-from reference.plain_common import Recipe
+from reference.plain_cases import SMALL, assert_gradients_close, assert_rule, count, make_batch, make_weights
 from reference.plain_dit import Shape
 from reference.plain_layers import unpatchify
 
@@ -63,7 +63,7 @@ def _block(w: dict[str, Tensor], s: Shape) -> dict[str, Tensor]:
 
 def diffusers_twin(w: dict[str, Tensor], s: Shape):
     """DiTTransformer2DModel with these weights. Its blocks' embedders of time and label are made one."""
-    model = pytest.importorskip("diffusers").DiTTransformer2DModel(
+    model = importlib.import_module("diffusers").DiTTransformer2DModel(
         num_attention_heads=s.heads,
         attention_head_dim=s.head_dim,
         in_channels=s.channels,
@@ -125,6 +125,4 @@ def test_labels_with_and_without_a_token_dimension() -> None:
     ],
 )
 def test_mup_at_four_times_the_width(name, init_std, lr, weight_decay, eps, multiplier) -> None:
-    rule = plain.rules(replace(SHAPE, width=192), Recipe(base_width=48, lr=2e-3, weight_decay=0.1, eps=1e-6))[name]
-    got = (rule.init_std, rule.lr, rule.weight_decay, rule.eps, rule.multiplier)
-    assert got == pytest.approx((init_std, lr, weight_decay, eps, multiplier))
+    assert_rule(plain, replace(SHAPE, width=192), name, (init_std, lr, weight_decay, eps, multiplier))

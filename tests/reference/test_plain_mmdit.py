@@ -1,5 +1,6 @@
 """The reference against what others wrote: diffusers' SD3 transformer, torch's AdamW, torch's clipping."""
 
+import importlib
 import math
 from dataclasses import replace
 from functools import partial
@@ -79,7 +80,7 @@ def _stream(w: dict[str, Tensor], stream: str, s: Shape) -> dict[str, Tensor]:
 
 def diffusers_twin(w: dict[str, Tensor], s: Shape):
     """SD3Transformer2DModel with these weights; its text input is taken as it is (context_embedder = identity)."""
-    model_class = pytest.importorskip("diffusers").SD3Transformer2DModel
+    model_class = importlib.import_module("diffusers").SD3Transformer2DModel
     side = max(GRID)
     model = model_class(
         sample_size=side * s.patch,
@@ -133,7 +134,7 @@ def test_forward_and_gradients_equal_diffusers(qk_norm: bool) -> None:
 
 def test_positions_equal_diffusers_own() -> None:
     """Which half of the width is the column's cannot be seen in the comparison above, which sets diffusers' buffer."""
-    patch_embed = pytest.importorskip("diffusers.models.embeddings").PatchEmbed
+    patch_embed = importlib.import_module("diffusers.models.embeddings").PatchEmbed
     theirs = patch_embed(height=12, width=12, patch_size=2, embed_dim=48, pos_embed_max_size=6).pos_embed[0]
     torch.testing.assert_close(positions_2d((6, 6), 48).float(), theirs, rtol=1e-6, atol=1e-6)
     row, column = 2, 1

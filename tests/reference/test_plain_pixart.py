@@ -1,5 +1,6 @@
 """The reference PixArt-alpha against diffusers', the published size, and the table of rules by hand."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 from torch import Tensor
 
 from reference import plain_pixart as plain
-from reference.plain_cases import GRID, SMALL, TOKENS, assert_gradients_close, count, make_batch, make_weights
+from reference.plain_cases import (
+    GRID,
+    SMALL,
+    TOKENS,
+    assert_gradients_close,
+    assert_rule,
+    count,
+    make_batch,
+    make_weights,
+)
 from reference.plain_common import Recipe
 from reference.plain_layers import positions_2d, unpatchify
 from reference.plain_pixart import Shape
@@ -17,7 +27,7 @@ PUBLISHED = Shape(width=1152, depth=28, head_dim=72, channels=4, text_dim=4096, 
 
 
 def diffusers_model(s: Shape, side: int):
-    return pytest.importorskip("diffusers").PixArtTransformer2DModel(
+    return importlib.import_module("diffusers").PixArtTransformer2DModel(
         num_attention_heads=s.heads,
         attention_head_dim=s.head_dim,
         in_channels=s.channels,
@@ -140,10 +150,8 @@ def test_init_starts_without_the_text() -> None:
     ],
 )
 def test_mup_at_four_times_the_width(name, init_std, lr, weight_decay, eps, multiplier) -> None:
-    s, recipe = replace(SHAPE, width=192, text_dim=10), Recipe(base_width=48, lr=2e-3, weight_decay=0.1, eps=1e-6)
-    rule = plain.rules(s, recipe)[name]
-    got = (rule.init_std, rule.lr, rule.weight_decay, rule.eps, rule.multiplier)
-    assert got == pytest.approx((init_std, lr, weight_decay, eps, multiplier))
+    s = replace(SHAPE, width=192, text_dim=10)
+    assert_rule(plain, s, name, (init_std, lr, weight_decay, eps, multiplier))
 
 
 def test_adaln_init_and_groups() -> None:

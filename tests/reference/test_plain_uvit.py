@@ -14,6 +14,7 @@ from reference.plain_cases import (
     SMALL,
     TOKENS,
     assert_gradients_close,
+    assert_rule,
     count,
     make_batch,
     make_weights,
@@ -164,9 +165,7 @@ def test_depth_is_odd() -> None:
     ],
 )
 def test_mup_at_four_times_the_width(name, init_std, lr, weight_decay, eps, multiplier) -> None:
-    rule = plain.rules(replace(SHAPE, width=192), Recipe(base_width=48, lr=2e-3, weight_decay=0.1, eps=1e-6))[name]
-    got = (rule.init_std, rule.lr, rule.weight_decay, rule.eps, rule.multiplier)
-    assert got == pytest.approx((init_std, lr, weight_decay, eps, multiplier))
+    assert_rule(plain, replace(SHAPE, width=192), name, (init_std, lr, weight_decay, eps, multiplier))
 
 
 def test_a_text_encoder_makes_the_text_an_input() -> None:

@@ -57,7 +57,9 @@ def test_the_index_points_at_the_data_tarfile_finds(tmp_path_factory, rows, per_
     assert [shard.samples for shard in shards[:-1]] == [per_shard] * (len(shards) - 1)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wds2idx") is None, reason="wds2idx comes with DALI")
+@pytest.mark.skipif(
+    importlib.util.find_spec("wds2idx") is None, reason="DALI, whose tool wds2idx is compared with, is for Linux alone"
+)
 def test_the_index_is_what_dalis_tool_writes(tmp_path):
     rows = [(bytes([number]) * (number * 311), f"caption {number}", {"n": number}) for number in range(9)]
     for shard in write(tmp_path / "shards", rows):

@@ -1,7 +1,5 @@
 """`mpdit sample`: pictures out of a real run, in any layout, and one sentence for whatever can't be drawn."""
 
-import contextlib
-import io
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import commands
 import ranks
 import tiny
-from mpdit import cli
 from mpdit.config import Config
 from mpdit.errors import InputError
 from mpdit_tools import sample
@@ -32,22 +30,8 @@ def train(rank: int, world: int, config: Config) -> None:
     groups.stop()
 
 
-Done = tuple[int, str, str]  # exit code, stdout, stderr
-
-
-def commands(rank: int, world: int, argvs: list[list[object]]) -> list[Done]:
-    """``mpdit sample ARGV`` for each, in a process that does nothing else."""
-    done = []
-    for argv in argvs:
-        out, error = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-            code = cli.main(["sample", *map(str, argv)])
-        done.append((code, out.getvalue(), error.getvalue()))
-    return done
-
-
-def run(*argv: object, world: int = 1) -> Done:
-    return ranks.run(world, commands, timeout_s=90, argvs=[list(argv)])[0][0]
+def run(*argv: object, world: int = 1) -> commands.Done:
+    return commands.run("sample", *argv, world=world)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +103,11 @@ def test_options_change_what_they_name(trained: Path, prompts: Path, tmp_path: P
     }
     argvs = [[trained, "--prompts", prompts, "--out", tmp_path / name, *words] for name, words in options.items()]
     found = {}
-    for name, (code, out, _) in zip(options, ranks.run(1, commands, timeout_s=90, argvs=argvs)[0], strict=True):
+    for name, (code, out, _) in zip(
+        options,
+        ranks.run(1, commands.commands, timeout_s=90, argvs=[["sample", *argv] for argv in argvs])[0],
+        strict=True,
+    ):
         assert code == 0
         assert ("of step 1 in" if name == "step 1" else "of step 2 in") in out
         found[name] = pictures(tmp_path / name)

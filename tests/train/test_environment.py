@@ -76,7 +76,7 @@ def test_no_user_host_or_folder():
     assert not {socket.gethostname(), getpass.getuser(), str(Path.home())} & set(told)
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed: the commit of a run is read with it")
 def test_commit_of_the_checkout(tmp_path, monkeypatch):
     root = tmp_path / "checkout"
     (root / "mpdit").mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_commit_of_the_checkout(tmp_path, monkeypatch):
     assert checkout() == nothing
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux can bind a process to cores")
 def test_cores_follow_affinity_and_the_containers_share(monkeypatch):
     before = os.sched_getaffinity(0)
     try:
@@ -128,7 +128,7 @@ def test_cores_follow_affinity_and_the_containers_share(monkeypatch):
 
 def test_a_cpu_that_stands_in_for_cuda_is_no_gpu(monkeypatch):
     if torch.version.cuda is not None:
-        pytest.skip("this torch is built for CUDA")
+        pytest.skip("this torch is built for CUDA; what is said of a CPU build is tested")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(

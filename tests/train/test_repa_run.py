@@ -1,7 +1,5 @@
 """A run with REPA: what it records and saves, how it goes on, what it refuses, and that pictures need no teacher."""
 
-import contextlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +7,9 @@ from typing import Any
 
 import pytest
 
+import commands
 import ranks
 import tiny
-from mpdit import cli
 from mpdit.config import Config
 from mpdit.errors import InputError
 
@@ -105,13 +103,6 @@ def test_how_heavy_it_weighs_may_change(tiny_set: Path, tmp_path: Path) -> None:
     assert len(metrics(tmp_path)) == 3
 
 
-def sample(rank: int, world: int, argv: list[str]) -> tuple[int, str]:
-    error = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):
-        code = cli.main(["sample", *argv])
-    return code, error.getvalue()
-
-
 @pytest.mark.dist
 def test_pictures_need_no_teacher(trained: Path, tmp_path: Path) -> None:
     config = trained / "config.yaml"
@@ -121,7 +112,8 @@ def test_pictures_need_no_teacher(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red square at 0 0\n")
     argv = [str(trained), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]
     try:
-        assert ranks.run(1, sample, argv=argv) == [(0, "")]
+        code, _, error = commands.run("sample", *argv)
+        assert (code, error) == (0, "")
     finally:
         config.write_text(asked)
     assert (tmp_path / "out" / "grid.png").is_file()

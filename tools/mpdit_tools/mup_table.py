@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -44,33 +43,25 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """Exit code 0. Raises InputError for a bad config, and for a proxy that is none."""
     arguments = tyro.cli(Arguments, args=argv, prog="mpdit mup-table")
-    asked, note = with_vocabulary(_load(arguments.config, arguments.overrides))
-    base = with_vocabulary(_load(arguments.base))[0] if arguments.base else None
+    asked, note = with_vocabulary(configs.load(arguments.config, arguments.overrides))
+    base = with_vocabulary(configs.load(arguments.base))[0] if arguments.base else None
     config = transfer_from(base, asked) if base else asked
     given = [(arguments.config, config)]
     if arguments.base and base:
         given.append((arguments.base, base))
     table, *base_tables = _tables(given)
     base_rules = _base_rules(table, base_tables[0]) if base_tables else None
-    try:
-        if arguments.json:
-            print(json.dumps(_as_json(table, base_rules), indent=1))
-        else:
-            print("\n".join([*header(config, table), *_to_train_so(asked, config)]), end="\n\n")
-            (_print_whole if arguments.whole else _print_grouped)(table, base_rules)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if arguments.json:
+        print(json.dumps(_as_json(table, base_rules), indent=1))
+    else:
+        print("\n".join([*header(config, table), *_to_train_so(asked, config)]), end="\n\n")
+        (_print_whole if arguments.whole else _print_grouped)(table, base_rules)
     if note:
         print(f"mpdit: {note}", file=sys.stderr)
     return 0
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
-
-
-def _load(path: Path, overrides: Iterable[str] = ()) -> Config:
-    return configs.load(path / "config.yaml" if path.is_dir() else path, list(overrides))
 
 
 def with_vocabulary(config: Config) -> tuple[Config, str]:

@@ -111,7 +111,6 @@ def run(plan: Plan, progress: Progress) -> list[Outcome]:
             measured[one.layout][one.size][key].append(statistics.fmean(parts))
         tags[one.layout] = {rename(name): tag for name, tag in whole.items()}
         progress(number + 1, len(plan.runs), f"{one.layout}, {plan.axis} {one.size}")
-    groups.leave_layout()
     return [
         Outcome(axis=plan.axis, layout=layout, bounds=plan.bounds, measured=rows, tags=tags[layout])
         for layout, rows in measured.items()

@@ -60,8 +60,7 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """0 when all slopes are in bounds, 1 otherwise. Raises InputError for sizes that don't fit the layout."""
     arguments = tyro.cli(Arguments, args=argv, prog="mpdit coordcheck")
-    path = arguments.config / "config.yaml" if arguments.config.is_dir() else arguments.config
-    config = configs.load(path, arguments.overrides)
+    config = configs.load(arguments.config, arguments.overrides)
 
     from mpdit.train.main import use_cores
 
@@ -78,6 +77,7 @@ def main(argv: list[str]) -> int:
     disagreement = check.disagreement(outcomes)
     if groups.rank() == 0:
         _tell(arguments, config, plan, outcomes, disagreement, time.monotonic() - began)
+    groups.stop()
     return 0 if all(outcome.passed for outcome in outcomes) and not disagreement else 1
 
 
