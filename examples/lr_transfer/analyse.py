@@ -8,6 +8,8 @@ from pathlib import Path
 from plan import (
     ARCHS,
     DIVERGED,
+    FIRST_SEEDS,
+    PROXY_SEEDS,
     SWEEP_SEEDS,
     WIDTHS,
     Point,
@@ -16,8 +18,9 @@ from plan import (
     best_on_grid,
     grid,
     same_loss,
+    seeds_of,
     sp_best,
-    sweep,
+    transfer,
 )
 from plan import against as against_points
 
@@ -63,34 +66,28 @@ def at(losses: dict[float, float], rate: float) -> float:
     return math.exp((1 - part) * math.log(losses[low]) + part * math.log(losses[high]))
 
 
-def complete(results: Results, arch: str, rule: str) -> list[int]:
-    """Seeds of which every run of the sweep is there."""
-    return [s for s in SWEEP_SEEDS[rule] if all(results.loss(p) is not None for p in sweep(arch, rule, s))]
-
-
 def curve(results: Results, arch: str, rule: str, width: int, seeds: Sequence[int]) -> dict[float, float]:
     """Mean loss over seeds by log2 LR; learning rates that a seed lacks are left out."""
+    of = "mup" if width == WIDTHS[0] else rule
     found = {}
     for rate in grid(arch, rule, width):
-        points = [Point(arch=arch, rule=rule, width=width, log2_lr=rate, seed=seed) for seed in seeds]
-        mean = results.mean(points)
+        mean = results.mean(Point(arch=arch, rule=of, width=width, log2_lr=rate, seed=seed) for seed in seeds)
         if mean is not None:
             found[float(rate)] = mean
     return found
 
 
-def proxy_rule(width: int, rule: str) -> str:
-    return "mup" if width == WIDTHS[0] else rule
+def complete(results: Results, arch: str) -> bool:
+    return all(point.key in results.rows for point in transfer(results, arch))
 
 
 def transfer_table(results: Results, arch: str) -> list[str]:
     """The optimum of each width, how far it moved, and what the proxy's learning rate costs there."""
-    seeds = {rule: complete(results, arch, rule) for rule in SWEEP_SEEDS}
-    if min(len(found) for found in seeds.values()) < 2:
+    if not complete(results, arch):
         return [f"{arch}: not run to the end.", ""]
-    base = vertex(curve(results, arch, "mup", WIDTHS[0], seeds["mup"]))
+    base = vertex(curve(results, arch, "mup", WIDTHS[0], PROXY_SEEDS))
     lines = [
-        f"### {arch}, paired seeds: muP {len(seeds['mup'])}, SP {len(seeds['sp'])}",
+        f"### {arch}, seeds: proxy {len(PROXY_SEEDS)}, muP {len(SWEEP_SEEDS['mup'])}, SP {len(SWEEP_SEEDS['sp'])}",
         "",
         "| width | muP vertex (each seed) | loss there | at the proxy's LR | SP vertex (each seed) | loss there "
         "| at the proxy's LR |",
@@ -99,9 +96,9 @@ def transfer_table(results: Results, arch: str) -> list[str]:
     for width in WIDTHS:
         cells = []
         for rule in ("mup", "sp"):
-            of = proxy_rule(width, rule)
-            losses = curve(results, arch, of, width, seeds[rule])
-            each = [vertex(curve(results, arch, of, width, [s]))[0] for s in seeds[rule]]
+            seeds = seeds_of(rule, width)
+            losses = curve(results, arch, rule, width, seeds)
+            each = [vertex(curve(results, arch, rule, width, [s]))[0] for s in seeds]
             where, best = vertex(losses)
             regret = at(losses, base[0]) / best - 1 if base[0] <= max(losses) else math.nan
             cells += [
@@ -114,10 +111,11 @@ def transfer_table(results: Results, arch: str) -> list[str]:
 
 
 def transfer_figure(results: Results, path: Path) -> None:
-    """Loss against learning rate, a curve a width: muP above, SP below, a column a model."""
+    """Loss against learning rate, a curve a width: muP above, SP below, a column a model. Curves are means of the first
+    seeds, which ran on the whole grid; crosses mark the vertex over all seeds."""
     from matplotlib import pyplot
 
-    archs = [arch for arch in ARCHS if complete(results, arch, "sp")]
+    archs = [arch for arch in ARCHS if complete(results, arch)]
     if not archs:
         return
     figure, axes = pyplot.subplots(
@@ -127,19 +125,21 @@ def transfer_figure(results: Results, path: Path) -> None:
     for column, arch in enumerate(archs):
         for axis, rule, name in zip(axes[:, column], ("mup", "sp"), ("muP", "SP"), strict=True):
             for width, shade in zip(WIDTHS, shades, strict=True):
-                losses = curve(results, arch, proxy_rule(width, rule), width, complete(results, arch, rule))
-                if not losses:
-                    continue
-                rates = sorted(losses)
+                losses = curve(results, arch, rule, width, FIRST_SEEDS)
                 axis.plot(
-                    rates, [losses[r] for r in rates], "o-", color=shade, markersize=3, linewidth=1.2, label=str(width)
+                    [*losses],
+                    [*losses.values()],
+                    "o-",
+                    color=shade,
+                    markersize=3,
+                    linewidth=1.2,
+                    label=str(width),
                 )
-                where, best = vertex(losses)
+                where, best = vertex(curve(results, arch, rule, width, seeds_of(rule, width)))
                 axis.plot([where], [best], "x", color=shade, markersize=8, markeredgewidth=2)
             axis.set_title(f"{arch}, {name}", fontsize=9)
             axis.grid(alpha=0.25)
-            curves = [curve(results, arch, proxy_rule(w, rule), w, complete(results, arch, rule)) for w in WIDTHS]
-            lowest = min(min(losses.values(), default=1) for losses in curves)
+            lowest = min(min(curve(results, arch, rule, width, FIRST_SEEDS).values()) for width in WIDTHS)
             axis.set_ylim(lowest * 0.97, lowest * 1.6)
         axes[1, column].set_xlabel("log2 learning rate", fontsize=8)
     axes[0, 0].set_ylabel("validation loss", fontsize=8)
