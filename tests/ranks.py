@@ -6,6 +6,7 @@ failing rank sends its traceback and the others are ended at once, with whatever
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import os
@@ -99,6 +100,7 @@ def start(world: int, function: Callable[..., Any], timeout_s: float = 180, **ar
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
+            _end_with_parent()
             _rank(rank, world, folder, timeout_s, function, arguments)
         with contextlib.suppress(OSError):  # the child does it too: whoever comes first
             os.setpgid(pid, pid)
@@ -113,6 +115,12 @@ def run(world: int, function: Callable[..., Any], timeout_s: float = 180, **argu
         return ranks.results()
     finally:
         ranks.close()
+
+
+def _end_with_parent() -> None:
+    """A killed pytest leaves no ranks behind, where the system can promise that (Linux's PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _rank(rank: int, world: int, folder: Path, timeout_s: float, function: Any, arguments: Any) -> None:
