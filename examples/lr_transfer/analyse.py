@@ -11,6 +11,7 @@ from plan import (
     FIRST_SEEDS,
     PROXY_SEEDS,
     SWEEP_SEEDS,
+    VARIANTS,
     WIDTHS,
     Point,
     Results,
@@ -21,6 +22,7 @@ from plan import (
     seeds_of,
     sp_best,
     transfer,
+    variant,
 )
 from plan import against as against_points
 
@@ -189,6 +191,22 @@ def against_table(results: Results, arch: str) -> list[str]:
     return [*lines, "", *(f"* {step}" for step in tuning.log), ""]
 
 
+def variants_table(results: Results, arch: str) -> list[str]:
+    """muP against SP at x4, neither tuned again, under another schedule, with weight decay, with clipping."""
+    lines = []
+    for name in VARIANTS:
+        pairs = []
+        for seed in (0, 1):
+            found = [variant(results, arch, name, rule, seed) for rule in ("mup", "sp")]
+            losses = [results.loss(point) for point in found if point is not None]
+            if len(losses) < 2 or None in losses:
+                return [f"{arch}: not run to the end."]
+            pairs.append(losses)
+        ours, theirs = (statistics.fmean(loss for loss in side if loss) for side in zip(*pairs, strict=True))
+        lines.append(f"| {arch} | {name} | {ours:.4f} | {theirs:.4f} | {ours / theirs - 1:+.1%} |")
+    return lines
+
+
 # ---- time to the same loss -------------------------------------------------------------------------------------------
 
 
@@ -244,7 +262,12 @@ def main() -> None:
     lines += ["## Transferred muP against SP tuned at each width, decay to zero", ""]
     for arch in ARCHS:
         lines += against_table(results, arch)
-    lines += ["## Time to the same loss", ""]
+    lines += [f"## The same at width {WIDTHS[2]}, two seeds, with what was not tuned", ""]
+    lines += ["| model | with | muP, transferred | SP | difference |", "|---|---|---|---|---|"]
+    tables = {arch: variants_table(results, arch) for arch in ARCHS}
+    for table in sorted(tables.values(), key=len, reverse=True):
+        lines += table
+    lines += ["", "## Time to the same loss", ""]
     for arch in ARCHS:
         lines += same_loss_table(results, arch)
     cost_s = sum(row["cpu_s"] for row in results.rows.values())

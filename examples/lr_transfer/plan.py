@@ -266,6 +266,38 @@ def against(results: Results, arch: str) -> Iterator[Point]:
             yield _decayed(arch, "mup", width, tuning.plain_lr, seed)
 
 
+# ---- the same with what was not tuned --------------------------------------------------------------------------------
+
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {  # name: schedule, further keys
+    "linear": ("linear", ()),
+    "cosine": ("cosine", ()),
+    "weight decay 0.03": ("linear", ("optim.weight_decay=0.03",)),
+    "clip 1": ("linear", ("optim.clip=1.0",)),
+}
+
+
+def variant(results: Results, arch: str, name: str, rule: str, seed: int) -> Point | None:
+    """A run of width x4 with what linear decay chose, the schedule or a key changed; None before it is chosen."""
+    tuning, width = Tuning(results, arch), WIDTHS[2]
+    best, _ = sp_best(results, arch, width)
+    if tuning.choice is None or best is None:
+        return None
+    lr, mult = tuning.choice if rule == "mup" else (best, ())
+    schedule, more = VARIANTS[name]
+    return dataclasses.replace(_decayed(arch, rule, width, lr, seed, mult), schedule=schedule, more=more)
+
+
+def variants(results: Results, arch: str) -> Iterator[Point]:
+    for name in VARIANTS:
+        for rule in ("mup", "sp"):
+            for seed in _SEEDS[:2]:
+                point = variant(results, arch, name, rule, seed)
+                if point is None:
+                    yield from against(results, arch)
+                    return
+                yield point
+
+
 # ---- time to the same loss -------------------------------------------------------------------------------------------
 
 PUBLISHED_LOG2_LR = -13.2877  # 1e-4
@@ -289,5 +321,6 @@ PARTS: dict[str, Callable[[Results], Iterator[Point]]] = {
     **{f"transfer-{arch}": functools.partial(transfer, arch=arch) for arch in ARCHS},
     **{f"tune-{arch}": functools.partial(tune, arch=arch) for arch in ARCHS},
     **{f"against-{arch}": functools.partial(against, arch=arch) for arch in ARCHS},
+    **{f"variants-{arch}": functools.partial(variants, arch=arch) for arch in ARCHS},
     **{f"time-{arch}": functools.partial(same_loss, arch=arch) for arch in ARCHS},
 }
