@@ -12,6 +12,7 @@ COMMANDS = {
     "doctor": ("mpdit_tools.doctor:main", "what this machine can run, and what to do about the rest"),
     "data":   ("mpdit_tools.data.main:main", "build image-text shards: icons, digits, or a folder of your own"),
     "coordcheck": ("mpdit_tools.coordcheck.main:main", "does muP hold? slopes over widths, in any layout"),
+    "plan":   ("mpdit_tools.plan.main:main", "memory, work, bubble and time of a run on GPUs; needs none"),
     "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),
     "sample": ("mpdit_tools.sample:main", "pictures for prompts out of a run's checkpoint"),
     "mup-table": ("mpdit_tools.mup_table:main", "what muP gives each parameter of a model, and gave its proxy"),

@@ -8,7 +8,6 @@ Shapes: B samples, C channels, H x W pixels, S tokens, P features of a token's t
 """
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -65,12 +64,6 @@ _COEFFICIENTS = np.stack(
 )
 
 
-@functools.cache
-def _coefficients(device: torch.device) -> Tensor:
-    """[5, 1000], fp32: copied once, as a copy from the host in every step would make the device wait."""
-    return torch.from_numpy(_COEFFICIENTS).float().to(device)
-
-
 def timesteps(seed: int, sample_ids: np.ndarray, visits: np.ndarray) -> np.ndarray:
     """Uniform whole numbers from 0 to 999, [B]."""
     return (TIMESTEPS * draws.uniform(seed, "time", sample_ids, visits)).astype(np.int64)
@@ -119,7 +112,9 @@ def bound(noise_SBP: Tensor, variance_SBP: Tensor, target_SBP: dict[str, Tensor]
     Variances are exp(f log beta + (1 - f) log posterior), f = (variance + 1) / 2 (equation 15, its v being f).
     """
     t_B = (time_B * TIMESTEPS).round().long()
-    signal_B1, spread_B1, mean_clean_B1, small_B1, large_B1 = _coefficients(time_B.device)[:, t_B, None]
+    # So small a copy does not make the host wait for the device.
+    table = torch.from_numpy(_COEFFICIENTS).float().to(time_B.device, non_blocking=True)
+    signal_B1, spread_B1, mean_clean_B1, small_B1, large_B1 = table[:, t_B, None]
     clean_SBP = (target_SBP["noisy"] - spread_B1 * noise_SBP) / signal_B1
     # Both means hold the same multiple of x_t: it leaves their difference. At timestep 0 the mean is clean_SBP itself.
     offset_SBP = mean_clean_B1 * (target_SBP["clean"] - clean_SBP)

@@ -1,19 +1,52 @@
 """Megatron's pipeline schedules (none, 1F1B, interleaved) around this project's stages."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from torch import Tensor, nn
 
+from mpdit.config import Parallel
 from mpdit.parallel import accel
 from mpdit.parallel.context import Context
 from mpdit.parallel.stages import Crossing, Stage
 
 LossFunction = Callable[[Tensor, Any], Tensor]
+
+
+class Task(NamedTuple):
+    """A pass of one micro-batch through one chunk of the network; chunks are numbered in depth order."""
+
+    kind: Literal["forward", "backward"]
+    chunk: int
+    micro_batch: int
+
+
+def order(parallel: Parallel, stage: int, micro_batches: int) -> list[Task]:
+    """What pipeline rank `stage` does, in turn, for `micro_batches` of a step, in Megatron's schedules.
+
+    Some forward passes to fill the pipeline, then one forward and one backward in turns, then what is left of the
+    backward passes (1F1B: Narayanan et al., arXiv 2104.04473; megatron-core pipeline_parallel/schedules.py).
+    """
+    pp, vpp = parallel.pp, parallel.vpp
+    if vpp == 1:
+        forward = [Task("forward", stage, m) for m in range(micro_batches)]
+        backward = [Task("backward", stage, m) for m in range(micro_batches)]
+        ahead = pp - stage - 1
+    else:
+        table = get_schedule_table(micro_batches, vpp, pp)
+        forward = [Task("forward", v * pp + stage, m) for m, v in table]
+        backward = [Task("backward", (vpp - 1 - v) * pp + stage, m) for m, v in table]
+        ahead = (pp - stage - 1) * 2 + (vpp - 1) * pp
+    ahead = min(ahead, len(forward))
+    tasks = forward[:ahead]
+    for pair in zip(forward[ahead:], backward, strict=False):
+        tasks += pair
+    return tasks + backward[len(forward) - ahead :]
 
 
 def forward_backward(

@@ -1,0 +1,110 @@
+"""GPUs by name, and how long recorded work takes on one: a roofline with stated efficiencies."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpdit.errors import InputError
+from mpdit_tools.plan.record import Work
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class GPU:
+    """Makers' peak rates, dense, and the memory. Links are per GPU and direction: within a node, and between nodes."""
+
+    bf16_flops_s: float
+    fp32_flops_s: float
+    memory_bytes: float
+    memory_bytes_s: float
+    node_bytes_s: float
+    network_bytes_s: float
+
+
+# fmt: off
+GPUS: dict[str, GPU] = {
+    # SXM boards; NVLink 3, 4, 4, 5; one 200 or 400 Gbit/s port a GPU, as in a DGX.
+    "a100": GPU(bf16_flops_s=312e12,  fp32_flops_s=19.5e12, memory_bytes=80e9,  memory_bytes_s=2.04e12,
+                node_bytes_s=300e9, network_bytes_s=25e9),
+    "h100": GPU(bf16_flops_s=989e12,  fp32_flops_s=67e12,   memory_bytes=80e9,  memory_bytes_s=3.35e12,
+                node_bytes_s=450e9, network_bytes_s=50e9),
+    "h200": GPU(bf16_flops_s=989e12,  fp32_flops_s=67e12,   memory_bytes=141e9, memory_bytes_s=4.8e12,
+                node_bytes_s=450e9, network_bytes_s=50e9),
+    "b200": GPU(bf16_flops_s=2250e12, fp32_flops_s=75e12,   memory_bytes=180e9, memory_bytes_s=7.7e12,
+                node_bytes_s=900e9, network_bytes_s=50e9),
+}
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Efficiency:
+    """What of the peaks is reached, and what each start costs. Assumed; a measurement file replaces any of them."""
+
+    gemm: float = 0.70
+    attention: float = 0.45
+    memory: float = 0.80
+    node: float = 0.75
+    network: float = 0.75
+    operator_s: float = 3e-6  # the least that an operator takes
+    collective_s: float = 15e-6  # the least that a collective takes
+
+
+def calibrated(path: Path | None) -> Efficiency:
+    """The efficiencies of a YAML file, the assumed ones where it is silent. Raises InputError for what can't be."""
+    if path is None:
+        return Efficiency()
+    try:
+        given: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: can't be read as YAML: {' '.join(str(error).split())}.") from error
+    known = {field.name for field in dataclasses.fields(Efficiency)}
+    if not isinstance(given, dict) or not given.keys() <= known:
+        unknown = ", ".join(map(str, set(given) - known)) if isinstance(given, dict) else repr(given)
+        raise InputError(f"{path}: {unknown} is no efficiency; there are {', '.join(sorted(known))}.")
+    for name, value in given.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+            raise InputError(f"{path}: {name} is {value}, but should be a number above 0 and at most 1.")
+    return Efficiency(**given)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """A GPU with efficiencies, in nodes of `gpus_per_node`."""
+
+    gpu: GPU
+    efficiency: Efficiency
+    gpus_per_node: int
+    precision: str  # bf16 | fp32
+
+    @property
+    def peak_flops_s(self) -> float:
+        return self.gpu.bf16_flops_s if self.precision == "bf16" else self.gpu.fp32_flops_s
+
+    def link_bytes_s(self, *, span: int) -> float:
+        """What a GPU sends within a group whose ranks lie `span` apart at most."""
+        if span <= self.gpus_per_node:
+            return self.gpu.node_bytes_s * self.efficiency.node
+        return self.gpu.network_bytes_s * self.efficiency.network
+
+    def seconds(self, work: Work, spans: dict[str, int]) -> float:
+        """Operators one after another, each as its arithmetic or its memory allows; collectives do not overlap them.
+
+        `spans`: by the kind of group, how far apart its ranks lie.
+        """
+        e = self.efficiency
+        took = 0.0
+        for op in work.ops:
+            share = e.attention if "attention" in op.name else e.gemm
+            took += max(
+                op.flops / (self.peak_flops_s * share),
+                op.bytes / (self.gpu.memory_bytes_s * e.memory),
+                e.operator_s,
+            )
+        for one in work.collectives:
+            took += e.collective_s + one.bytes / self.link_bytes_s(span=spans[one.group])
+        return took
+
+    def memory_seconds(self, size: float) -> float:
+        """To read or write so many bytes of the GPU's memory."""
+        return size / (self.gpu.memory_bytes_s * self.efficiency.memory)
