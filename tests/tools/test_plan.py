@@ -244,9 +244,7 @@ def saved_in_steps(rank: int, world: int, config: Config) -> tuple[int, list[int
     groups.start(config.parallel, config.train.seed)
     sets, seen = loop.Sets.open(config), []
     for recompute in RECOMPUTES:
-        config = configs.from_dict(
-            configs.to_dict(config) | {"parallel": {**layout_of(config), "recompute": recompute}}
-        )
+        config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, recompute=recompute))
         run = session.build(config)
         feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
         chunks = [chunk.module for chunk in run.network.chunks]
