@@ -13,6 +13,7 @@ COMMANDS = {
     "data":   ("mpdit_tools.data.main:main", "build image-text shards: icons, digits, or a folder of your own"),
     "coordcheck": ("mpdit_tools.coordcheck.main:main", "does muP hold? slopes over widths, in any layout"),
     "plan":   ("mpdit_tools.plan.main:main", "memory, work, bubble and time of a run on GPUs; needs none"),
+    "rehearse": ("mpdit_tools.rehearse.main:main", "go or no-go for a launch, on this machine's CPU"),
     "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),
     "sample": ("mpdit_tools.sample:main", "pictures for prompts out of a run's checkpoint"),
     "mup-table": ("mpdit_tools.mup_table:main", "what muP gives each parameter of a model, and gave its proxy"),
