@@ -71,6 +71,8 @@ def enter() -> None:
     warnings.filterwarnings(
         action="ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning
     )
+    # Under the distributed optimizer and fp32 it asks its views of the weights for gradients that lie elsewhere.
+    warnings.filterwarnings(action="ignore", message="The .grad attribute of a Tensor that is not a leaf")
     with warnings.catch_warnings():
         # "Transformer Engine and Apex are not installed", four times; `mpdit doctor` says it once, with advice.
         warnings.simplefilter("ignore")

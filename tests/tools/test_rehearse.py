@@ -124,7 +124,7 @@ FAULTS: dict[str, tuple[list[str], Callable[[], None] | None, str, list[str]]] =
 def test_a_planted_fault_is_found_by_name(name: str, launch: Path) -> None:
     overrides, plant, check, words = FAULTS[name]
     also = {"memory": {"disk"}, "shard too small": {"memory"}}.get(name, set())  # 77 billion parameters; can't be run
-    code, told = run([str(launch), *overrides, "--gpus", "8", "--gpu", "a100", "--no-narrow"], plant)
+    code, told = run([str(launch), *overrides, "--gpus", "8", "--gpu", "a100", "--without", "narrow-run"], plant)
     found = against(told)
     assert code == 1
     assert set(found) == {check, *also}

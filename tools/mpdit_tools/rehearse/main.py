@@ -5,7 +5,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,8 +29,8 @@ class Arguments:
     """GPUs of the job; 0: those of plan.json, or as many as one copy of the model needs."""
     gpu: Literal["", "a100", "h100", "h200", "b200"] = ""
     """The kind; without it plan.json's, or h100."""
-    narrow: bool = True
-    """Run the layout's ranks on this machine too; --no-narrow leaves that out."""
+    without: tuple[Literal["disk", "data", "narrow-run", "tracking-server"], ...] = ()
+    """Checks to leave out, for what is on the cluster and not on this machine."""
     json: bool = False
     """Print the findings as JSON."""
 
@@ -54,12 +54,13 @@ def main(argv: list[str]) -> int:
     import torch
 
     torch.set_num_threads(1)  # ranks are forked from here: a pool of threads would not survive that
-    findings = Rehearsal(config, gpus, gpu, narrow=arguments.narrow, quiet=arguments.json).findings()
+    findings = Rehearsal(config, gpus, gpu, without=arguments.without, quiet=arguments.json).findings()
     if arguments.json:
         print(json.dumps([dataclasses.asdict(one) for one in findings], indent=1))
     against = [one.check for one in findings if not one.go]
     if not arguments.json:
-        print(f"NO-GO: {', '.join(against)}." if against else f"GO: {len(findings)} checks.")
+        left_out = f", without {', '.join(arguments.without)}" if arguments.without else ""
+        print(f"NO-GO: {', '.join(against)}." if against else f"GO: {len(findings)} checks{left_out}.")
     return 1 if against else 0
 
 
@@ -80,8 +81,8 @@ def _asked(arguments: Arguments, config: Config) -> tuple[int, str]:
 class Rehearsal:
     """The checks in order; what needs a check that failed is left out."""
 
-    def __init__(self, config: Config, gpus: int, gpu: str, *, narrow: bool, quiet: bool) -> None:
-        self.config, self.gpus, self.gpu, self.narrow, self.quiet = config, gpus, gpu, narrow, quiet
+    def __init__(self, config: Config, gpus: int, gpu: str, *, without: Sequence[str], quiet: bool) -> None:
+        self.config, self.gpus, self.gpu, self.without, self.quiet = config, gpus, gpu, without, quiet
         self.found: list[Finding] = []
         self.parameters = 0
 
@@ -95,7 +96,7 @@ class Rehearsal:
             self._check("memory", lambda: self._memory(resolved[0]))
             self._check("disk", lambda: around.disk(config, self.parameters))
         has_data = self._check("data", lambda: around.data(config))
-        if resolved and has_data and self.narrow:  # before anything that starts threads: its ranks are forked from here
+        if resolved and has_data:  # before anything that starts threads: its ranks are forked from here
             with tempfile.TemporaryDirectory(prefix="rehearsal_") as folder:
                 thin = narrow.narrowed(resolved[0], self.data_ranks)
                 self._check("narrow run", lambda: narrow.run(thin, Path(folder)))
@@ -110,6 +111,11 @@ class Rehearsal:
         return self.gpus // (parallel.tp * parallel.cp * parallel.pp)
 
     def _check(self, name: str, run: Callable[[], str]) -> bool:
+        """Whether it was made and is go."""
+        if name.replace(" ", "-") in self.without:
+            if not self.quiet:
+                print(f"-      {name:<16} left out", flush=True)
+            return False
         began = time.monotonic()
         try:
             go, said = True, run()
