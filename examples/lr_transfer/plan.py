@@ -310,7 +310,7 @@ def same_loss(results: Results, arch: str) -> Iterator[Point]:
     if proxy is None or tuned is None:
         yield from transfer(results, arch)
         return
-    looks = tuple(range(25, 401, 25))
+    looks = tuple(range(25, 601 if arch == "uvit" else 401, 25))  # beyond a run's end nobody looks
     for seed in (0, 1):
         for rule, lr in (("mup", proxy), ("sp", proxy), ("sp", PUBLISHED_LOG2_LR), ("sp", tuned)):
             yield Point(arch=arch, rule=rule, width=width, log2_lr=lr, seed=seed, looks=looks)
