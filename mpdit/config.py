@@ -161,6 +161,7 @@ class Run:
     dir: str = "runs/default"
     mlflow_uri: str | None = None  # None: sqlite store mlflow.db beside the run folder
     experiment: str = "mpdit"
+    mlflow_parent: str | None = None  # id of the MLflow run that this one is shown under, such as a sweep's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ Over the width, for one network, task and recipe: Zheng et al., arXiv 2505.15270
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from mpdit.config import Config, to_dict
@@ -37,28 +37,42 @@ _SAME = {
 Flat = dict[str, Any]  # dotted key: value
 
 
-def transfer_from(base: Config, target: Config) -> Config:
+def transfer_from(base: Config, target: Config, *, chosen: Collection[str] = ()) -> Config:
     """`target` with `base` for its proxy: ``mup.base_*`` say the width, depth, head_dim, batch, images of `base`.
 
     Raises InputError, naming the first key in the way and what would be right, if `base` has a proxy of its own,
-    if the two differ in what muP does not carry over, or if their base values (``optim`` and ``mup``) differ.
+    if the two differ in what muP does not carry over, or if their base values (``optim`` and ``mup``) differ. Keys in
+    `chosen` may differ: those of which somebody knows that theory does not say them.
     """
-    flat_base, flat_target, own = _flat(base), _flat(target), _sizes(base)
+    flat_base, flat_target, own = flat(base), flat(target), _sizes(base)
     _own_proxy(flat_base, own)
     _parametrized(base, target)
     for prefix, (why, otherwise) in _SAME.items():
-        keys = [key for key in flat_base if key.startswith(prefix) and key not in _FREE]
+        keys = [key for key in flat_base if key.startswith(prefix) and key not in _FREE and key not in chosen]
         _same(flat_base, flat_target, keys, why, otherwise)
     if base.model.vocab_size and target.model.vocab_size:  # 0: the data set's, and that is the same
         _same(flat_base, flat_target, ["model.vocab_size"], "one data set has one vocabulary", "leave both out")
     _depth(base, target)
     _head_dim(base, target)
-    _shares(flat_base, flat_target)
+    _shares(base, target, chosen)
     sizes: dict[str, Any] = {key.removeprefix("mup."): value for key, value in own.items()}
     return dataclasses.replace(target, mup=dataclasses.replace(target.mup, **sizes))
 
 
-def _flat(config: Config) -> Flat:
+def same_shares(base: Config, target: Config) -> dict[str, int]:
+    """What keeps its share of the run (or of the depth) in `target`: dotted key -> the count, rounded, at least 1.
+
+    Schedules as shares of the run are what Complete(d)P transfers over batch size and length.
+    """
+    flat_base, flat_target = flat(base), flat(target)
+    return {
+        key: max(1, round(count * flat_target[whole] / flat_base[whole])) if (count := flat_base[key]) else 0
+        for key, whole in _SHARES.items()
+    }
+
+
+def flat(config: Config) -> Flat:
+    """Dotted key: value, of every setting."""
     return dict(_leaves(to_dict(config)))
 
 
@@ -123,9 +137,10 @@ def _head_dim(base: Config, target: Config) -> None:
         raise InputError(f"mup.base_head_dim is {known}, but the base's model.head_dim is {head_dim}; set it to that.")
 
 
-def _shares(base: Flat, target: Flat) -> None:
-    for key, whole in _SHARES.items():
-        share = base[key] * target[whole] / base[whole]
-        if target[key] not in (base[key], share):
-            scaled = "" if share == base[key] else f", or to {share:g}, the same share of {whole}"
-            raise InputError(f"{key} is {target[key]}, but the base's is {base[key]}; set it to {base[key]}{scaled}.")
+def _shares(base: Config, target: Config, chosen: Collection[str]) -> None:
+    flat_base, flat_target = flat(base), flat(target)
+    for key, share in same_shares(base, target).items():
+        found, before = flat_target[key], flat_base[key]
+        if key not in chosen and found not in (before, share):
+            scaled = "" if share == before else f", or to {share}, the same share of {_SHARES[key]}"
+            raise InputError(f"{key} is {found}, but the base's is {before}; set it to {before}{scaled}.")

@@ -105,7 +105,8 @@ class Tracker:
     `uri` None means the sqlite store ``mlflow.db`` in the folder that holds `run_dir`, with ``mlartifacts`` beside it.
     The run's id is kept in ``run_dir/mlflow_run_id``: a later Tracker on the same folder goes on with the same run,
     unless the store does not know it. `params` are logged once; one that differs from the run's first value becomes the
-    tag ``changed.<key>``. `tags` are set when the run is created. A full queue (`capacity` calls) drops its oldest.
+    tag ``changed.<key>``. `tags` are set when the run is created, and so is its place under the run that the config
+    among `params` names as ``run.mlflow_parent``. A full queue (`capacity` calls) drops its oldest.
 
     A failure to connect, or one that outlasts `retry_after` (seconds before each new try), turns MLflow off with one
     line to `warn`; training goes on, and `lost` counts the calls that did not get through. As a context manager it
@@ -131,6 +132,9 @@ class Tracker:
         server = re.match(r"https?://|databricks|uc:", self._uri)
         self._artifacts = None if server else (beside / "mlartifacts").as_uri()
         self._experiment, self._params, self._tags = experiment, flatten(params or {}), dict(tags or {})
+        parent = self._params.get("run.mlflow_parent", "None")
+        if parent != "None":
+            self._tags["mlflow.parentRunId"] = parent
         self._retry_after, self._warn = tuple(retry_after), warn or _to_stderr
         self._changed = threading.Condition()  # guards all that follows
         self._queue: deque[_Point | _File] = deque(maxlen=max(1, capacity))

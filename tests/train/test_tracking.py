@@ -207,6 +207,19 @@ def test_sqlite_store_and_resume(run_dir, monkeypatch, tmp_path_factory):
     assert len(read_metrics(run_dir / "metrics.jsonl")) == 40
 
 
+def test_a_run_stands_under_the_one_that_its_config_names(run_dir):
+    """As a sweep's trials do; MLflow shows them so by this tag."""
+    with Tracker(run_dir, params={"run": {"mlflow_parent": None}}) as parent:
+        parent.log(row(0))
+    trial = run_dir.parent / "trial"
+    trial.mkdir()
+    child = Tracker(trial, params={"run": {"mlflow_parent": parent.run_id}}, tags={"kind": "trial"})
+    child.close()
+    tags = [store(run_dir).get_run(run_id).data.tags for run_id in (parent.run_id, child.run_id)]
+    assert [tag.get("mlflow.parentRunId") for tag in tags] == [None, parent.run_id]
+    assert tags[1]["kind"] == "trial"
+
+
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_status_of_a_run_that_ends_early(run_dir, error, status):
     def train_until_error(tracker):

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -49,13 +49,13 @@ def main(argv: list[str]) -> int:
     given = [(arguments.config, config)]
     if arguments.base and base:
         given.append((arguments.base, base))
-    table, *base_tables = _tables(given)
-    base_rules = _base_rules(table, base_tables[0]) if base_tables else None
+    table, *base_tables = tables(given)
+    base_rules = rules_of(table, base_tables[0]) if base_tables else None
     if arguments.json:
         print(json.dumps(_as_json(table, base_rules), indent=1))
     else:
         print("\n".join([*header(config, table), *_to_train_so(asked, config)]), end="\n\n")
-        (_print_whole if arguments.whole else _print_grouped)(table, base_rules)
+        show(*(whole_rows if arguments.whole else grouped_rows)(table, base_rules))
     if note:
         print(f"mpdit: {note}", file=sys.stderr)
     return 0
@@ -80,7 +80,7 @@ def with_vocabulary(config: Config) -> tuple[Config, str]:
     return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=size)), note
 
 
-def _tables(given: list[tuple[Path, Config]]) -> list[Table]:
+def tables(given: Sequence[tuple[Path | str, Config]]) -> list[Table]:
     """The whole model's table of each config; the path is for messages. Raises InputError as training would."""
     from mpdit.parallel import accel
 
@@ -97,7 +97,7 @@ def _tables(given: list[tuple[Path, Config]]) -> list[Table]:
         groups.stop()
 
 
-def _check(config: Config, path: Path) -> None:
+def _check(config: Config, path: Path | str) -> None:
     """Refuse the numbers and shapes that training refuses; but latents and text features have a table, too."""
     from mpdit.train import preflight
 
@@ -161,7 +161,7 @@ def _to_train_so(asked: Config, config: Config) -> list[str]:
 BaseRules = Mapping[str, Rule | None] | None  # by the model's parameter; None: the proxy has none, or there is no proxy
 
 
-def _base_rules(table: Table, base: Table) -> BaseRules:
+def rules_of(table: Table, base: Table) -> dict[str, Rule | None]:
     """What each parameter gets in the proxy. A block that a shallower proxy lacks is compared with its like."""
     alike = {_starred(name): entry.rule for name, entry in base.items()}
     return {name: base[name].rule if name in base else alike.get(_starred(name)) for name in table}
@@ -206,23 +206,25 @@ def _compared(name: str, table: Table, base_rules: BaseRules) -> Cells:
     return [own if own == its else f"{its} -> {own}" for its, own in zip(theirs, cells, strict=True)]
 
 
-def _print_whole(table: Table, base_rules: BaseRules) -> None:
+def whole_rows(table: Table, base_rules: BaseRules) -> tuple[Cells, list[Cells]]:
+    """Columns and rows, one for each parameter."""
     lines = []
     for name, entry in table.items():
         tag = entry.tag
         shape = " x ".join(map(str, tag.shape))
         lines.append([tag.role.value, tag.group.value, shape, *_compared(name, table, base_rules), name])
-    _print(["role", "group", "shape", *_VALUES, "parameter"], lines)
+    return ["role", "group", "shape", *_VALUES, "parameter"], lines
 
 
-def _print_grouped(table: Table, base_rules: BaseRules) -> None:
+def grouped_rows(table: Table, base_rules: BaseRules) -> tuple[Cells, list[Cells]]:
+    """Columns and rows, one for all that get the same; the last cell has a line for each pattern of names."""
     lines = []
     for names in grouped(table, base_rules):
         tag, shown = table[names[0]].tag, "\n".join(patterns(names, table))
         count = sum(math.prod(table[name].tag.shape) for name in names)
         size = [f"{len(names):,}", f"{count:,}"]
         lines.append([tag.role.value, tag.group.value, *size, *_compared(names[0], table, base_rules), shown])
-    _print(["role", "group", "tensors", "parameters", *_VALUES, "names"], lines)
+    return ["role", "group", "tensors", "parameters", *_VALUES, "names"], lines
 
 
 def grouped(table: Table, base_rules: BaseRules = None) -> list[list[str]]:
@@ -263,7 +265,7 @@ def _braced(names: Iterable[str]) -> list[str]:
     return [".".join(part) for part in parts]
 
 
-def _print(columns: Cells, lines: list[Cells]) -> None:
+def show(columns: Cells, lines: list[Cells]) -> None:
     """A rich table on a terminal, else aligned text; the last column may have several lines."""
     from rich.console import Console
     from rich.table import Table as RichTable
