@@ -211,32 +211,39 @@ def variants_table(results: Results, arch: str) -> list[str]:
 
 
 def same_loss_table(results: Results, arch: str) -> list[str]:
-    """Steps that muP needs for the final loss of SP, over SP's steps; means over seeds."""
+    """How many times the steps of muP, at the proxy's learning rate, SP takes to the same loss."""
     points = list(same_loss(results, arch))
     if any(not p.looks or p.key not in results.rows for p in points):
-        return [f"{arch}: not run to the end."]
+        return [f"{arch}: not run to the end.", ""]
     proxy, tuned = best_on_grid(results, arch, "mup", WIDTHS[0]), best_on_grid(results, arch, "sp", WIDTHS[-1])
     lines = [
         f"### {arch}, width {WIDTHS[-1]}: muP at the proxy's 2^{proxy}",
         "",
-        "| SP with | its loss, each seed | muP's steps for it / SP's steps, each seed | SP's steps / muP's |",
-        "|---|---|---|---|",
+        "| SP with | its final loss, each seed (muP's) | SP's steps / muP's to the same loss, each seed |",
+        "|---|---|---|",
     ]
+    end = str(max(max(map(int, results.rows[p.key]["curve"]), default=0) for p in points))
     for name, rate in (("the proxy's LR", proxy), ("1e-4", None), (f"its own, 2^{tuned}", tuned)):
-        ratios, final = [], []
-        for seed in (0, 1):
+        losses, ratios = [], []
+        for seed in FIRST_SEEDS:
             mine = next(p for p in points if p.rule == "mup" and p.seed == seed)
             others = [p for p in points if p.rule == "sp" and p.seed == seed]
             other = next(p for p in others if (p.log2_lr == rate if rate is not None else p.log2_lr < -13))
-            theirs = results.rows[other.key]["curve"]
-            last = max(map(int, theirs), default=0)
-            goal = min(theirs.get(str(last), DIVERGED), DIVERGED)
-            final.append(goal)
-            ratios.append(_steps_to(results.rows[mine.key]["curve"], goal) / last)
-        mean = statistics.fmean(ratios)
-        shown = " ".join(f"{r:.2f}" for r in ratios)
-        lines.append(f"| {name} | {' '.join(f'{x:.4f}' for x in final)} | {shown} | {1 / mean:.2f} |")
+            ours, theirs = (results.rows[p.key]["curve"] for p in (mine, other))
+            losses.append(f"{theirs[end]:.4f} ({ours[end]:.4f})" if end in theirs else f"diverged ({ours[end]:.4f})")
+            ratios.append(speed(ours, theirs, end))
+        shown = " ".join("never" if ratio == math.inf else f"{ratio:.2f}" for ratio in ratios)
+        lines.append(f"| {name} | {', '.join(losses)} | {shown} |")
     return [*lines, ""]
+
+
+def speed(ours: dict[str, float], theirs: dict[str, float], end: str) -> float:
+    """Their steps over ours to the same loss: to their final one if we come to it, else to ours; inf if they diverge."""
+    if end not in theirs:
+        return math.inf
+    if ours[end] <= theirs[end]:
+        return int(end) / _steps_to(ours, theirs[end])
+    return _steps_to(theirs, ours[end]) / int(end)
 
 
 def _steps_to(curve: dict[str, float], goal: float) -> float:

@@ -60,6 +60,14 @@ def test_steps_to_a_loss_lie_between_looks(modules: tuple[ModuleType, ModuleType
     assert analyse._steps_to(curve, 0.1) == math.inf
 
 
+def test_who_is_faster_to_the_same_loss(modules: tuple[ModuleType, ModuleType]) -> None:
+    _, analyse = modules
+    fast, slow = {"50": 0.8, "100": 0.4}, {"50": 0.9, "100": 0.6}
+    assert analyse.speed(fast, slow, "100") == pytest.approx(100 / 75)
+    assert analyse.speed(slow, fast, "100") == pytest.approx(75 / 100)
+    assert analyse.speed(fast, {"50": 1.2}, "100") == math.inf
+
+
 def test_tuning_keeps_what_helps_beyond_the_noise(modules: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
     """A proxy whose loss is known: a best rate of 2^-5, modulation at 1/2 helps by 2 %, input at 1/2 by 0.1 %."""
     plan, _ = modules
