@@ -7,7 +7,6 @@ from pathlib import Path
 
 from plan import (
     ARCHS,
-    DIVERGED,
     FIRST_SEEDS,
     PROXY_SEEDS,
     SWEEP_SEEDS,
@@ -238,7 +237,7 @@ def same_loss_table(results: Results, arch: str) -> list[str]:
 
 
 def speed(ours: dict[str, float], theirs: dict[str, float], end: str) -> float:
-    """Their steps over ours to the same loss: to their final one if we come to it, else to ours; inf if they diverge."""
+    """Their steps over ours to the same loss: their final one if we come to it, else ours; inf if they diverge."""
     if end not in theirs:
         return math.inf
     if ours[end] <= theirs[end]:
