@@ -19,7 +19,7 @@ from mpdit_tools.coordcheck import measure
 from mpdit_tools.coordcheck.report import Outcome
 
 if TYPE_CHECKING:
-    from mpdit_tools.coordcheck.main import Arguments
+    from mpdit_tools.coordcheck.arguments import Arguments
 
 _AGREE = 2e-2  # relative; layouts differ by rounding alone, which a division by a small eps can enlarge
 

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from mpdit import config as configs
 from mpdit.config import Config
-from mpdit.errors import InputError
 from mpdit_tools.mup_table import with_vocabulary
 from mpdit_tools.plan.gpus import GPUS, Machine, calibrated
+from mpdit_tools.plan.resolve import load, of
 
 if TYPE_CHECKING:
     from mpdit_tools.plan.estimate import Estimate
@@ -72,48 +71,6 @@ def main(argv: list[str]) -> int:
     if arguments.out is not None and not arguments.json:
         print(f"{arguments.out}: plan.json, memory.png and timeline.png written.")
     return 0 if report.fits(plan, machine) else 1
-
-
-def load(given: str, overrides: tuple[str, ...]) -> Config:
-    """A config by its path, or by a preset's name with the objective that the preset is for. Raises InputError."""
-    from mpdit.presets import PRESETS
-
-    if given in PRESETS and not Path(given).exists():
-        preset = PRESETS[given]
-        tree: dict[str, Any] = {"model": {"preset": given}}
-        if preset["learn_sigma"]:
-            tree["objective"] = {"kind": "ddpm"}
-        if preset["text_tokens"] == 1:
-            tree["data"] = {"text": "labels"}
-        for assignment in overrides:
-            configs.override(tree, assignment)
-        return configs.from_dict(tree)
-    return configs.load(given, overrides)
-
-
-def of(config: Config, gpus: int, machine: Machine) -> "tuple[Estimate, Config]":
-    """The plan of `config` on `gpus` (0: one copy of the model), and the config with its open values resolved.
-
-    Raises InputError as training would, but for what this version can't train: latents and text features are planned.
-    """
-    from mpdit_tools.plan import estimate, pieces
-
-    parallel = config.parallel
-    gpus = gpus or parallel.tp * parallel.cp * parallel.pp
-    if gpus < 1:
-        raise InputError(f"--gpus is {gpus}; it should be at least 1.")
-    resolved = resolve(config, gpus)
-    chunks = pieces.on_stages(resolved, pieces.measure(resolved))
-    return estimate.estimate(resolved, chunks, pieces.measure_whole(resolved), gpus, machine), resolved
-
-
-def resolve(config: Config, gpus: int) -> Config:
-    """`config` with its micro-batch for `gpus` ranks. Raises InputError for numbers or layouts that can't be."""
-    from mpdit.train import preflight
-
-    pixels = dataclasses.replace(config.model, channels=3, text_dim=0)
-    checked = preflight.without_data(dataclasses.replace(config, model=pixels), gpus)
-    return dataclasses.replace(config, parallel=checked.parallel)
 
 
 def write(folder: Path, plan: "Estimate", config: Config, told: dict[str, Any], machine: Machine) -> None:

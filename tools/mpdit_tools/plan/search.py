@@ -11,8 +11,8 @@ from mpdit.parallel import stages
 from mpdit_tools.plan import pieces
 from mpdit_tools.plan.estimate import Estimate, estimate
 from mpdit_tools.plan.gpus import Machine
-from mpdit_tools.plan.main import resolve
 from mpdit_tools.plan.pieces import Part
+from mpdit_tools.plan.resolve import resolve
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 _CONTEXTS = (1, 2)

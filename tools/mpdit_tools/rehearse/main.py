@@ -154,7 +154,7 @@ class Rehearsal:
         from mpdit_tools.mup_table import with_vocabulary
         from mpdit_tools.plan import report
         from mpdit_tools.plan.gpus import GPUS, Efficiency, Machine
-        from mpdit_tools.plan.main import of
+        from mpdit_tools.plan.resolve import of
 
         machine = Machine(
             gpu=GPUS[self.gpu], efficiency=Efficiency(), gpus_per_node=8, precision=config.parallel.precision
