@@ -6,7 +6,6 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from mpdit import config as configs
 from mpdit.config import Config, Parallel
@@ -16,10 +15,8 @@ from mpdit.mup.roles import Tag
 from mpdit.parallel import groups
 from mpdit.train import preflight
 from mpdit_tools.coordcheck import measure
+from mpdit_tools.coordcheck.arguments import Arguments
 from mpdit_tools.coordcheck.report import Outcome
-
-if TYPE_CHECKING:
-    from mpdit_tools.coordcheck.arguments import Arguments
 
 _AGREE = 2e-2  # relative; layouts differ by rounding alone, which a division by a small eps can enlarge
 
@@ -42,7 +39,7 @@ class Plan:
     runs: list[Run]
 
 
-def plan(arguments: "Arguments", config: Config, world: int) -> Plan:
+def plan(arguments: Arguments, config: Config, world: int) -> Plan:
     """All runs, each checked. Raises InputError for a size, seed count or step that makes no sense or does not fit."""
     sizes = arguments.depths or arguments.widths or tuple(config.mup.base_width * k for k in (1, 2, 4, 8))
     axis = "depth" if arguments.depths else "width"
