@@ -270,9 +270,9 @@ def main() -> None:
         lines += against_table(results, arch)
     lines += [f"## The same at width {WIDTHS[2]}, two seeds, with what was not tuned", ""]
     lines += ["| model | with | muP, transferred | SP | difference |", "|---|---|---|---|---|"]
-    tables = {arch: variants_table(results, arch) for arch in ARCHS}
-    for table in sorted(tables.values(), key=len, reverse=True):
-        lines += table
+    tables = [variants_table(results, arch) for arch in ARCHS]
+    lines += [row for table in tables if len(table) > 1 for row in table]
+    lines += ["", *(f"* {table[0]}" for table in tables if len(table) == 1)]
     lines += ["", "## Time to the same loss", ""]
     for arch in ARCHS:
         lines += same_loss_table(results, arch)

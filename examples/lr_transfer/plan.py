@@ -165,6 +165,10 @@ def _scaled(mult: Mult, group: str, factor: float) -> Mult:
     return tuple(sorted((name, value) for name, value in values.items() if value != 1.0))
 
 
+def _named(mult: Mult) -> str:
+    return ", ".join(f"{group} x{value:g}" for group, value in mult) or "no multipliers"
+
+
 def tuning_seeds(arch: str) -> range:
     return range(_TUNING_SEEDS.get(arch, 3))
 
@@ -203,7 +207,8 @@ class Tuning:
         losses = {lr: self._loss(lr, mult) for lr in _PROXY_GRID}
         if None in losses.values():
             return None
-        self.log.append(f"lr with {mult or 'no multipliers'}: {losses}")
+        found = ", ".join(f"2^{rate:g} {loss:.4f}" for rate, loss in losses.items() if loss is not None)
+        self.log.append(f"learning rates with {_named(mult)}: {found}")
         return min(losses, key=lambda lr: losses[lr] or DIVERGED)
 
     def _helpful(self, lr: float, start: Mult) -> Mult | None:
@@ -220,7 +225,10 @@ class Tuning:
         joint = self._loss(lr, together)
         if joint is None:
             return None
-        self.log.append(f"at 2^{lr:g} from {start or 'none'} ({here:.4f}): {changes}; together {together}: {joint:.4f}")
+        found = ", ".join(f"{g} x{f:g} {loss:.4f}" for (g, f), loss in changes.items() if loss is not None)
+        self.log.append(
+            f"at 2^{lr:g} with {_named(start)} {here:.4f}; changed: {found}; {_named(together)} {joint:.4f}"
+        )
         if joint < here * (1 - self.worth):
             return together
         return _scaled(start, *single) if kept else start
