@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install test lint demo test-slow test-mcore-next clean
+.PHONY: install test lint demo test-slow test-slurm test-mcore-next clean
 
 install: $(STAMP)
 
@@ -25,7 +25,13 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=8
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not slurm"
+
+# A real Slurm of two nodes on this machine; installs Debian's if it is not there. Needs root.
+test-slurm: $(STAMP)
+	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld || \
+		{ apt-get update -qq && apt-get install -qq --no-install-recommends slurmctld slurmd slurm-client; }
+	$(BIN)/python -m pytest -m slurm
 
 # Faces, hearts and coloured shapes in five drawing styles; four processes, tensor- and pipeline-parallel; pictures.
 demo: $(STAMP)

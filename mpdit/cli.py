@@ -12,6 +12,8 @@ COMMANDS = {
     "doctor": ("mpdit_tools.doctor:main", "what this machine can run, and what to do about the rest"),
     "data":   ("mpdit_tools.data.main:main", "build image-text shards: icons, digits, or a folder of your own"),
     "coordcheck": ("mpdit_tools.coordcheck.main:main", "does muP hold? slopes over widths, in any layout"),
+    "sweep":  ("mpdit_tools.sweep.main:main", "tune base hyperparameters on the proxy; killed searches go on"),
+    "transfer": ("mpdit_tools.transfer.main:main", "a tuned proxy's values -> a launch folder for a large model"),
     "plan":   ("mpdit_tools.plan.main:main", "memory, work, bubble and time of a run on GPUs; needs none"),
     "rehearse": ("mpdit_tools.rehearse.main:main", "go or no-go for a launch, on this machine's CPU"),
     "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),

@@ -3,6 +3,8 @@
 import contextlib
 import io
 
+import torch.distributed as dist
+
 import ranks
 from mpdit import cli
 
@@ -10,7 +12,9 @@ Done = tuple[int, str, str]  # exit code, stdout, stderr
 
 
 def commands(rank: int, world: int, argvs: list[list[object]]) -> list[Done]:
-    """``mpdit ARGV`` for each, one after another, for ranks.run."""
+    """``mpdit ARGV`` for each, one after another, for ranks.run; a single process is no rank, as on a terminal."""
+    if world == 1:
+        dist.destroy_process_group()
     done = []
     for argv in argvs:
         out, error = io.StringIO(), io.StringIO()

@@ -6,9 +6,12 @@ saying False, so that code which asks politely takes its CPU branch.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
+import multiprocessing.managers
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -196,6 +199,12 @@ def _patch_random() -> None:
     random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
 
 
+def _end_with_parent() -> None:
+    """A rank that is killed leaves no server behind, where the system can promise that (Linux's PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
+
+
 def _patch_checkpoint_queue() -> None:
     # The checkpoint writer starts its queue server by "spawn" to keep a CUDA context out of it, which imports the main
     # script and megatron-core again: 4-7 s a save. Without CUDA a fork is right.
@@ -203,7 +212,9 @@ def _patch_checkpoint_queue() -> None:
 
     def queue(*_: Any, **__: Any) -> Any:
         if writer._results_queue is None:
-            writer._results_queue = torch.multiprocessing.get_context("fork").Manager().Queue()
+            server = multiprocessing.managers.SyncManager(ctx=torch.multiprocessing.get_context("fork"))
+            server.start(_end_with_parent)
+            writer._results_queue = server.Queue()
         return writer._results_queue
 
     for module_name, module in list(sys.modules.items()):

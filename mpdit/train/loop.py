@@ -96,9 +96,11 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 def _locked(file: IO[str]) -> bool:
+    # Of the process alone: megatron-core forks a server for its checkpoints' queue off rank 0, which would inherit a
+    # flock and, outliving a rank 0 that was killed, keep the restarted one out.
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         return False
     return True
 

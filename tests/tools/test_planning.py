@@ -305,10 +305,28 @@ LAUNCH = [
 
 
 def planned_alone(rank: int, world: int, argvs: list[list[str]]) -> list[commands.Done]:
+    return commands.commands(rank, world, [["plan", *argv] for argv in argvs])
+
+
+def work_of_an_image(rank: int, world: int, preset: str) -> int:
     import torch.distributed as dist
 
+    from mpdit_tools import mup_table
+    from mpdit_tools.plan import resolve
+
     dist.destroy_process_group()
-    return commands.commands(rank, world, [["plan", *argv] for argv in argvs])
+    config, _ = mup_table.with_vocabulary(resolve.load(preset, ("train.batch_size=6",)))
+    return resolve.flops_per_image(config)
+
+
+@pytest.mark.dist
+def test_an_image_is_the_same_work_in_every_layout() -> None:
+    """What a sweep says that it cost is what a plan says of its proxy."""
+    for gpus, layout in ((1, []), (12, ["parallel.tp=2", "parallel.pp=3"])):
+        argv = ["dit-s-2", "--json", "--gpus", str(gpus), "train.batch_size=12", *layout]
+        ((_, told, _),) = ranks.run(1, planned_alone, argvs=[argv])[0]
+        expected = json.loads(told)["model_flops_per_image"]
+        assert ranks.run(1, work_of_an_image, preset="dit-s-2")[0] == expected
 
 
 def test_18b_is_planned_on_a_laptop(tmp_path: Path) -> None:

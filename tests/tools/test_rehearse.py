@@ -1,7 +1,5 @@
 """Guards `mpdit rehearse`: what works is go, and each of ten planted faults is found by the check it belongs to."""
 
-import contextlib
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+import commands
 import ranks
 
 CONFIG: dict[str, Any] = {
@@ -23,17 +22,10 @@ CONFIG: dict[str, Any] = {
 
 def rehearsed(rank: int, world: int, argv: list[str], plant: Callable[[], None] | None) -> tuple[int, str]:
     """Exit code and what is printed, in a process of its own with a fault planted."""
-    import torch.distributed as dist
-
-    from mpdit import cli
-
-    dist.destroy_process_group()
     if plant is not None:
         plant()
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = cli.main(["rehearse", *argv])
-    return code, out.getvalue()
+    code, out, _ = commands.commands(rank, world, [["rehearse", *argv]])[0]
+    return code, out
 
 
 def run(argv: list[str], plant: Callable[[], None] | None = None) -> tuple[int, str]:

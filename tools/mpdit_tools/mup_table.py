@@ -89,7 +89,7 @@ def tables(given: Sequence[tuple[Path | str, Config]]) -> list[Table]:
     from mpdit.parallel import groups
 
     for path, config in given:
-        _check(config, path)
+        check(config, path)
     groups.start(Parallel(), seed=0)
     try:
         return [resolve(outline(config), config) for _, config in given]
@@ -97,8 +97,11 @@ def tables(given: Sequence[tuple[Path | str, Config]]) -> list[Table]:
         groups.stop()
 
 
-def _check(config: Config, path: Path | str) -> None:
-    """Refuse the numbers and shapes that training refuses; but latents and text features have a table, too."""
+def check(config: Config, path: Path | str) -> None:
+    """Refuse the numbers and shapes that training refuses; but latents and text features have a table, too.
+
+    Raises InputError with `path` in front.
+    """
     from mpdit.train import preflight
 
     pixels = dataclasses.replace(config.model, channels=3, text_dim=0)

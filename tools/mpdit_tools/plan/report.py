@@ -56,7 +56,7 @@ def text(plan: Estimate, config: Config, gpu: str, machine: Machine, note: str =
     lines = [
         f"model        {model.arch}, width {model.width}, depth {model.depth}: {plan.parameters:,} parameters",
         f"layout       {layout}: {plan.gpus:,} {gpu.upper()}, {parallel.precision}{recompute}, "
-        f"{plan.micro_batches} micro-batches of {parallel.micro_batch}",
+        f"{plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)} of {parallel.micro_batch}",
         f"parameters   {_span(plan.rank_parameters)} a GPU",
         f"work         {plan.model_flops / 1e15:,.2f} PFLOP a step of {train.batch_size:,} images, "
         f"{plan.model_flops / train.batch_size / 1e12:,.3f} TFLOP an image",

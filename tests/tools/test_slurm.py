@@ -1,0 +1,202 @@
+"""launch.sbatch on a real Slurm of two nodes: the losses of one process; signals and dead nodes cost a few steps.
+
+`make test-slurm` runs it, as root, with Debian's slurmctld, slurmd and slurm-client.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import launches
+import pytest
+from launches import wait
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.slurm]
+
+CONFIG = """\
+ClusterName=local
+SlurmctldHost=localhost
+AuthType=auth/none
+CredType=cred/none
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={controller}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdTimeout=10
+ReturnToService=2
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+MpiDefault=none
+GresTypes=gpu
+NodeName=n[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=1 Gres=gpu:2 State=UNKNOWN
+PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Cluster:
+    """Two nodes on this machine; ``daemons`` by name."""
+
+    def __init__(self, home: Path, controller: str, node: str) -> None:
+        self.environment = {**launches.ENVIRONMENT, "SLURM_CONF": str(home / "slurm.conf")}
+        self._log = (home / "log").open("w")
+        self._node = node
+        self.daemons = {"controller": self._start([controller, "-c", "-D"])}
+        for name in ("n1", "n2"):
+            self.boot(name)
+
+    def _start(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(argv, env=self.environment, stdout=self._log, stderr=self._log)
+
+    def boot(self, name: str) -> None:
+        self.daemons[name] = self._start([self._node, "-D", "-N", name])
+
+    def kill(self, name: str) -> None:
+        """As a power cut does: the node's daemon and all that it runs are gone at once."""
+        daemon = self.daemons[name]
+        for pid in [daemon.pid, *_steps_of(name)]:
+            for child in [*_descendants(pid), pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, 9)
+        daemon.wait()
+
+    def run(self, *argv: str) -> str:
+        done = subprocess.run(argv, env=self.environment, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    def submit(self, folder: Path) -> str:
+        """Put launch.sbatch into the queue; the job's number."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        self.environment["RDZV_ENDPOINT"] = f"127.0.0.1:{port}"  # n1 and n2 are names of nobody
+        job = self.run("sbatch", "--parsable", f"--output={folder / 'log'}", str(folder / "launch.sbatch"))
+        assert job.isdigit()
+        return job
+
+    def state(self, job: str) -> str:
+        return self.run("squeue", "-h", "-j", job, "-o", "%T")
+
+    def completed(self, job: str) -> bool:
+        return "JobState=COMPLETED" in self.run("scontrol", "show", "job", job)
+
+    def go_on(self, job: str) -> None:
+        """A job that was put back waits for two minutes on its own."""
+        wait(lambda: "PENDING" in self.state(job), 120)
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        wait(lambda: self.completed(job), 400)
+
+    def close(self) -> None:
+        self.run("scancel", "--user=root")
+        for daemon in self.daemons.values():
+            daemon.terminate()
+            daemon.wait()
+        self._log.close()
+
+
+def _steps_of(name: str) -> list[int]:
+    """slurmstepd processes of a node: they outlive a killed slurmd."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if b"slurmstepd" in path.read_bytes() and f"SLURMD_NODENAME={name}\0".encode() in _environment(path.parent):
+                found.append(int(path.parent.name))
+    return found
+
+
+def _environment(process: Path) -> bytes:
+    return (process / "environ").read_bytes()
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    with contextlib.suppress(OSError):
+        for path in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (path / "children").read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    programs = [shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmctld", "slurmd")]
+    if None in programs or os.geteuid():
+        pytest.skip("needs root, and Slurm (apt-get install slurmctld slurmd slurm-client)")
+    home = tmp_path / "slurm"
+    for name in ("state", "spool-n1", "spool-n2"):
+        (home / name).mkdir(parents=True)
+    port = _three_free_ports()
+    text = CONFIG.format(folder=home, user="root", controller=port, first=port + 1, second=port + 2)
+    (home / "slurm.conf").write_text(text)
+    (home / "gres.conf").write_text("Name=gpu File=/dev/tty[0-1]\n")  # any two devices will do
+    found = Cluster(home, *map(str, programs))
+    try:
+        wait(lambda: found.run("sinfo", "-h", "-N", "-o", "%T").split() == ["idle", "idle"], 60)
+        yield found
+    finally:
+        found.close()
+
+
+def _three_free_ports() -> int:
+    for first in range(26_000, 27_000, 3):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            for port in range(first, first + 3):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise AssertionError("no three free ports in a row")
+
+
+@pytest.fixture
+def folder(tiny_set: Path, tmp_path: Path) -> Path:
+    found = launches.folder(tiny_set, tmp_path)
+    assert "#SBATCH --nodes=2" in (found / "launch.sbatch").read_text()
+    return found
+
+
+def saved(folder: Path, step: int) -> bool:
+    return (folder / "run" / "checkpoints" / f"step_{step}").is_dir()
+
+
+def test_two_nodes_train_to_the_losses_of_one_process(folder: Path, cluster: Cluster) -> None:
+    job = cluster.submit(folder)
+    wait(lambda: cluster.completed(job), 400)
+    launches.trained(folder)
+    argv = [*launches.TRAIN, str(folder / "config.yaml"), "parallel.tp=1", "parallel.pp=1"]
+    subprocess.run([*argv, f"run.dir={folder / 'alone'}"], env=launches.ENVIRONMENT, check=True, capture_output=True)
+    together, alone = (
+        [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("run", "alone")
+    )
+    assert [row["loss"] for row in together] == pytest.approx([row["loss"] for row in alone], rel=1e-5)
+    assert together[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], rel=1e-5)
+
+
+def test_a_signal_puts_the_job_back_and_it_goes_on(folder: Path, cluster: Cluster) -> None:
+    """USR1 is what Slurm sends before the time is up."""
+    job = cluster.submit(folder)
+    wait(lambda: saved(folder, 2), 240)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.go_on(job)
+    assert "goes back into the queue" in (folder / "log").read_text()
+    assert "going on from" in (folder / "log").read_text()
+    launches.trained(folder)
+
+
+def test_a_node_that_dies_costs_what_was_not_saved(folder: Path, cluster: Cluster) -> None:
+    """The one that does not run the batch script; Slurm notices, ends the job and puts it back."""
+    job = cluster.submit(folder)
+    wait(lambda: saved(folder, 2), 240)
+    cluster.kill("n2")
+    wait(lambda: "RUNNING" not in cluster.state(job), 240)
+    cluster.boot("n2")
+    wait(lambda: "down" not in cluster.run("sinfo", "-h", "-o", "%T"), 120)
+    cluster.go_on(job)
+    assert "going on from" in (folder / "log").read_text()
+    launches.trained(folder)

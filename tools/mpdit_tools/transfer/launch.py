@@ -1,0 +1,216 @@
+"""The scripts of a launch folder: torchrun on any machines, the same under Slurm, and a job for Kubeflow.
+
+They only start torchrun, which meets the other nodes, starts a process for each GPU, and all of them again when one
+dies.
+"""
+
+import dataclasses
+import json
+import re
+import string
+from pathlib import Path
+
+from mpdit.config import Parallel
+from mpdit.errors import InputError
+
+_RESTARTS = 3
+_PORT = 29400  # torchrun's own
+_WARNING_S = 300  # before a job's end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Machines:
+    """`nodes` machines with `per_node` GPUs, or other ranks, each."""
+
+    nodes: int
+    per_node: int
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.per_node
+
+    def __str__(self) -> str:
+        def count(number: int, what: str) -> str:
+            return f"{number} {what}{'s' if number > 1 else ''}"
+
+        return f"{count(self.ranks, 'rank')} on {count(self.nodes, 'node')}"
+
+
+def machines(gpus: int | None, per_node: int, parallel: Parallel) -> Machines:
+    """How `gpus` (default: one copy of the model) come in nodes. Raises InputError where one does not divide."""
+    copy = parallel.tp * parallel.pp * parallel.cp
+    gpus = copy if gpus is None else gpus
+    if gpus < 1 or per_node < 1:
+        raise InputError(f"--gpus is {gpus} and --gpus-per-node {per_node}, but both should be at least 1.")
+    if gpus % copy:
+        raise InputError(
+            f"--gpus {gpus} does not divide by parallel.tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} = "
+            f"{copy}; give a multiple of {copy}, or another layout."
+        )
+    if gpus > per_node and gpus % per_node:
+        raise InputError(
+            f"--gpus {gpus} does not fill nodes of --gpus-per-node {per_node}; give a multiple of {per_node}."
+        )
+    return Machines(nodes=max(1, gpus // per_node), per_node=min(gpus, per_node))
+
+
+class _Script(string.Template):
+    delimiter = "%"  # which bash needs least
+
+
+def torchrun(given: Machines, what: str) -> str:
+    """launch.sh."""
+    return _fill(_TORCHRUN, given, what)
+
+
+def slurm(given: Machines, what: str, folder: Path) -> str:
+    """launch.sbatch; the job is named after `folder`."""
+    return _fill(_SLURM, given, what, name=_job(folder.name))
+
+
+def kubeflow(given: Machines, what: str, folder: Path, image: str, claim: str) -> str:
+    """launch.yaml: a PyTorchJob of Kubeflow's training operator; `folder` is as seen from the volume `claim`."""
+    inside = folder.name if folder.is_absolute() else folder.as_posix()
+    texts = {"config": f"{inside}/config.yaml", "image": image, "claim": claim}
+    quoted = {key: json.dumps(text) for key, text in texts.items()}
+    return _fill(_KUBEFLOW, given, what, name=_job(folder.name), **quoted)
+
+
+def _job(name: str) -> str:
+    """A name that Slurm and Kubernetes take: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50] or "mpdit"
+
+
+def _fill(template: str, given: Machines, what: str, **more: str) -> str:
+    return _Script(template).substitute(
+        what=f"{what}: {given}",
+        nodes=str(given.nodes),
+        per_node=str(given.per_node),
+        restarts=str(_RESTARTS),
+        port=str(_PORT),
+        warning=str(_WARNING_S),
+        **more,
+    )
+
+
+_TORCHRUN = """\
+#!/usr/bin/env bash
+# %what.
+#
+# One node:       bash launch.sh [section.key=value ...]
+# Several nodes:  on each of them   RDZV_ENDPOINT=HOST:%port bash launch.sh   with the same HOST, one of the nodes
+# A laptop:       NNODES=1 NPROC_PER_NODE=4 bash launch.sh                    (ranks that the layout divides)
+#
+# Start it in the folder that data.path and run.dir are relative to. Started again, it goes on from the newest
+# checkpoint.
+set -euo pipefail
+
+folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+nodes=${NNODES:-%nodes}
+if [ "$nodes" = 1 ]; then
+    endpoint=${RDZV_ENDPOINT:-localhost:0} # port 0: any that is free
+else
+    endpoint=${RDZV_ENDPOINT:?is not set: give HOST:%port, the same on all $nodes nodes}
+fi
+
+# Ranks of a second try would meet by what the first one left in a store they share (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec torchrun \\
+    --nnodes="$nodes" \\
+    --nproc-per-node="${NPROC_PER_NODE:-%per_node}" \\
+    --rdzv-backend=c10d \\
+    --rdzv-endpoint="$endpoint" \\
+    --rdzv-id="${RDZV_ID:-mpdit}" \\
+    --max-restarts="${MAX_RESTARTS:-%restarts}" \\
+    -m mpdit train "$folder/config.yaml" "$@"
+"""
+
+_SLURM = """\
+#!/usr/bin/env bash
+# %what.
+#
+# sbatch --time=24:00:00 --partition=... --account=... launch.sbatch [section.key=value ...]
+#
+# Submit it in the folder that data.path and run.dir are relative to. A job that nears its end, or whose node
+# fails, is put into the queue again and goes on from the newest checkpoint.
+#SBATCH --job-name=%name
+#SBATCH --nodes=%nodes
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=%per_node
+#SBATCH --exclusive
+#SBATCH --signal=B:USR1@%warning
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%%x-%%j.out
+set -euo pipefail
+
+# Slurm runs a copy of this file; its own folder is where the job was submitted from.
+script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+folder=$(cd "$(dirname "${script%%%% *}")" && pwd)
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+endpoint=${RDZV_ENDPOINT:-$host:$((20000 + SLURM_JOB_ID %% 10000))}
+
+again() {
+    echo "launch.sbatch: the time is nearly up, job $SLURM_JOB_ID goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+}
+trap again USR1
+
+# Ranks of a second try would meet by what the first one left in a store they share (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+srun --kill-on-bad-exit=1 --cpu-bind=none torchrun \\
+    --nnodes="$SLURM_JOB_NUM_NODES" \\
+    --nproc-per-node="${NPROC_PER_NODE:-%per_node}" \\
+    --rdzv-backend=c10d \\
+    --rdzv-endpoint="$endpoint" \\
+    --rdzv-id="$SLURM_JOB_ID" \\
+    --max-restarts="${MAX_RESTARTS:-%restarts}" \\
+    -m mpdit train "$folder/config.yaml" "$@" &
+wait $! # in the background, so that the signal is heard at once
+"""
+
+_KUBEFLOW = """\
+# %what.
+#
+# kubectl apply -f launch.yaml
+#
+# The image has mpdit and its environment. The volume claim holds what this folder, data.path and run.dir lie in.
+apiVersion: kubeflow.org/v1
+kind: PyTorchJob
+metadata:
+  name: %name
+spec:
+  nprocPerNode: "%per_node"
+  elasticPolicy: # of a fixed size: the layout says how many ranks there are
+    rdzvBackend: c10d
+    minReplicas: %nodes
+    maxReplicas: %nodes
+    maxRestarts: %restarts
+  runPolicy:
+    backoffLimit: %restarts
+    cleanPodPolicy: Running # what has ended stays, with its log
+  pytorchReplicaSpecs:
+    Worker:
+      replicas: %nodes
+      restartPolicy: OnFailure
+      template:
+        spec:
+          containers:
+            - name: pytorch # the operator looks for this name, and gives torchrun its nodes in PET_* variables
+              image: %image
+              workingDir: /mpdit
+              command: [torchrun, -m, mpdit, train, %config]
+              env: # ranks of a second try would meet by what the first one left in a store they share
+                - {name: TORCH_DISABLE_SHARE_RDZV_TCP_STORE, value: "1"}
+              resources:
+                limits:
+                  nvidia.com/gpu: "%per_node"
+              volumeMounts:
+                - {name: work, mountPath: /mpdit}
+                - {name: shm, mountPath: /dev/shm}
+          volumes:
+            - name: work
+              persistentVolumeClaim: {claimName: %claim}
+            - name: shm # NCCL and DALI need more than a container's 64 MiB
+              emptyDir: {medium: Memory}
+"""

@@ -1,0 +1,99 @@
+"""``mpdit transfer --from PROXY --to TARGET --out FOLDER``: a launch folder for the target, with the reasons."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from mpdit import config as configs
+from mpdit.errors import InputError
+from mpdit_tools.transfer.arguments import Arguments
+
+if TYPE_CHECKING:
+    from mpdit_tools.transfer.report import Facts
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 when the folder is written. Raises InputError, with nothing written, if values don't transfer."""
+    arguments = tyro.cli(Arguments, args=argv, prog="mpdit transfer")
+    _check_free(arguments.out)
+
+    from mpdit_tools.transfer.gather import as_json, gather
+
+    facts = gather(arguments)
+    with _new_folder(arguments.out) as folder:
+        for name, text in files(arguments, facts).items():
+            (folder / name).write_text(text, encoding="utf-8")
+    for warning in facts.warnings:
+        print(f"mpdit: {warning}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(as_json(facts), indent=1))
+    else:
+        _tell(facts)
+    return 0
+
+
+def files(arguments: Arguments, facts: "Facts") -> dict[str, str]:
+    """The launch folder: name -> contents."""
+    from mpdit.mup.table import rows
+    from mpdit_tools.transfer import launch, report
+
+    config, what = facts.pair.target, report.title(facts.pair)
+    found = {
+        "config.yaml": f"# {what}. Written by mpdit transfer; REPORT.md says why.\n{configs.dump(config)}",
+        "mup_table.json": json.dumps(rows(dict(sorted(facts.pair.table.items()))), indent=1) + "\n",
+        "plan.json": json.dumps(facts.plan, indent=1) + "\n",
+        "REPORT.md": report.markdown(facts),
+        "launch.sh": launch.torchrun(facts.machines, what),
+        "launch.sbatch": launch.slurm(facts.machines, what, arguments.out),
+    }
+    if arguments.scheduler == "kubeflow":
+        found["launch.yaml"] = launch.kubeflow(facts.machines, what, arguments.out, arguments.image, arguments.claim)
+    return found
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"--out {out}: is there already; name a folder that does not exist, or is empty.")
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which becomes `out` when all went well and leaves nothing when not."""
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        raise InputError(f"--out {out}: can't be written to ({error.strerror}); name another folder.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _tell(facts: "Facts") -> None:
+    from mpdit_tools import mup_table
+    from mpdit_tools.transfer import explain, report
+
+    lines = explain.lines(facts.pair)
+    print(f"{report.title(facts.pair)}, from {facts.source.name}, {facts.source.said}", end="\n\n")
+    mup_table.show(
+        ["", "proxy", "rule", "target", "why"],
+        [[line.name, line.proxy, line.rule, line.target, line.why] for line in lines],
+    )
+    print(f"\n{facts.folder} is written; REPORT.md there has the reasons. Next:")
+    for command in report.commands(facts.folder):
+        print(f"  {command}")
