@@ -9,7 +9,6 @@ from plan import (
     ARCHS,
     FIRST_SEEDS,
     PROXY_SEEDS,
-    SWEEP_SEEDS,
     VARIANTS,
     WIDTHS,
     Point,
@@ -87,8 +86,9 @@ def transfer_table(results: Results, arch: str) -> list[str]:
     if not complete(results, arch):
         return [f"{arch}: not run to the end.", ""]
     base = vertex(curve(results, arch, "mup", WIDTHS[0], PROXY_SEEDS))
+    seeds_at = [len(seeds_of(arch, rule, WIDTHS[-1])) for rule in ("mup", "sp")]
     lines = [
-        f"### {arch}, seeds: proxy {len(PROXY_SEEDS)}, muP {len(SWEEP_SEEDS['mup'])}, SP {len(SWEEP_SEEDS['sp'])}",
+        f"### {arch}, seeds: proxy {len(PROXY_SEEDS)}, muP {seeds_at[0]}, SP {seeds_at[1]}",
         "",
         "| width | muP vertex (each seed) | loss there | at the proxy's LR | SP vertex (each seed) | loss there "
         "| at the proxy's LR |",
@@ -97,7 +97,7 @@ def transfer_table(results: Results, arch: str) -> list[str]:
     for width in WIDTHS:
         cells = []
         for rule in ("mup", "sp"):
-            seeds = seeds_of(rule, width)
+            seeds = seeds_of(arch, rule, width)
             losses = curve(results, arch, rule, width, seeds)
             each = [vertex(curve(results, arch, rule, width, [s]))[0] for s in seeds]
             where, best = vertex(losses)
@@ -108,7 +108,19 @@ def transfer_table(results: Results, arch: str) -> list[str]:
                 f"{regret:+.1%}" if regret == regret else "not on the grid",
             ]
         lines.append(f"| {width} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    return [*lines, "", _medians(results, arch), ""]
+
+
+def _medians(results: Results, arch: str) -> str:
+    """What single seeds do not move: the median of their vertices, by width."""
+    medians = [
+        statistics.median(
+            vertex(curve(results, arch, "mup", width, [seed]))[0] for seed in seeds_of(arch, "mup", width)
+        )
+        for width in WIDTHS
+    ]
+    told = ", ".join(f"{width}: {median:+.2f}" for width, median in zip(WIDTHS, medians, strict=True))
+    return f"Median of the seeds' muP vertices: {told}; they span {max(medians) - min(medians):.2f} octaves."
 
 
 def transfer_figure(results: Results, path: Path) -> None:
@@ -136,7 +148,7 @@ def transfer_figure(results: Results, path: Path) -> None:
                     linewidth=1.2,
                     label=str(width),
                 )
-                where, best = vertex(curve(results, arch, rule, width, seeds_of(rule, width)))
+                where, best = vertex(curve(results, arch, rule, width, seeds_of(arch, rule, width)))
                 axis.plot([where], [best], "x", color=shade, markersize=8, markeredgewidth=2)
             axis.set_title(f"{arch}, {name}", fontsize=9)
             axis.grid(alpha=0.25)
