@@ -4,6 +4,8 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Test files side by side; more than two do not pay, as many tests are processes themselves.
+WORKERS := -n 2 --dist loadfile
 
 .PHONY: install test lint demo test-slow test-slurm test-mcore-next clean
 
@@ -22,7 +24,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=8
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=8 $(WORKERS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not slurm"
@@ -33,13 +35,20 @@ test-slurm: $(STAMP)
 		{ apt-get update -qq && apt-get install -qq --no-install-recommends slurmctld slurmd slurm-client; }
 	$(BIN)/python -m pytest -m slurm
 
-# Faces, hearts and coloured shapes in five drawing styles; four processes, tensor- and pipeline-parallel; pictures.
+# Faces, hearts and coloured shapes in five drawing styles: tune a proxy, transfer, plan, rehearse, train four times the
+# width with four processes (tensor- and pipeline-parallel), draw. Stopped, it goes on where it was.
+DEMO := runs/demo
 demo: $(STAMP)
 	$(BIN)/mpdit doctor
 	$(BIN)/mpdit data build icons --out data/icons_demo --size 32 --val 0.15 \
 		--match "subgroup:hearts,subgroup:shapes-colors,subgroup:smiling,subgroup:cat-faces"
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 -m mpdit train examples/icons_mmdit/config.yaml parallel.tp=2 parallel.pp=2
-	$(BIN)/mpdit sample runs/demo --prompts examples/icons_mmdit/prompts.txt
+	$(BIN)/mpdit sweep examples/icons_mmdit/sweep.yaml --workers 2 --out $(DEMO)/sweep
+	@test -d $(DEMO)/launch || $(BIN)/mpdit transfer --from $(DEMO)/sweep --to examples/icons_mmdit/target.yaml \
+		--gpus 4 --gpus-per-node 4 --out $(DEMO)/launch
+	$(BIN)/mpdit plan $(DEMO)/launch --out $(DEMO)/plan
+	$(BIN)/mpdit rehearse $(DEMO)/launch
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 bash $(DEMO)/launch/launch.sh
+	$(BIN)/mpdit sample $(DEMO)/run --prompts examples/icons_mmdit/prompts.txt
 
 # The same tests on the next megatron-core, in an environment of its own. It asks for Python 3.12 and runs on 3.11.
 NEXT := .venv-mcore-next
@@ -52,7 +61,7 @@ $(NEXT)/.installed: pyproject.toml
 	@touch $@
 
 test-mcore-next: $(NEXT)/.installed
-	$(NEXT)/bin/python -m pytest -m "not slow and not gpu" tests/parallel tests/train
+	$(NEXT)/bin/python -m pytest -m "not slow and not gpu" tests/parallel tests/train $(WORKERS)
 
 clean:
 	rm -rf $(VENV) $(NEXT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 import os
 from pathlib import Path
+from typing import Any
 
 # Ranks are forked from this process: an OpenMP pool in it would hang every child that wants threads of its own.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,6 +25,18 @@ def labelled_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labelled")
     ranks.run(1, lambda rank, world: str(tiny.build_set(folder, labelled=True)))
     return folder / "set"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands in the layouts that it ran."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["layouts"] = [*ranks.layouts_run]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    ranks.layouts_run.update(getattr(node, "workeroutput", {}).get("layouts", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-layouts_run: set[tuple[int, Any]] = set()  # (ranks, Parallel) of every run, for the session's closing line
+layouts_run: set[str] = set()  # ranks and Parallel of every run, for the session's closing line
 
 
 class RankFailed(AssertionError):
@@ -92,7 +92,7 @@ def start(world: int, function: Callable[..., Any], timeout_s: float = 180, **ar
     """`function(rank, world, **arguments)` in `world` forked processes that form a gloo world."""
     warm()
     if "config" in arguments:
-        layouts_run.add((world, arguments["config"].parallel))
+        layouts_run.add(f"{world} {arguments['config'].parallel}")
     folder = Path(tempfile.mkdtemp(prefix="ranks_"))
     sys.stdout.flush(), sys.stderr.flush()
     pids = {}

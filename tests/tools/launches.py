@@ -17,11 +17,12 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 TRAIN = [sys.executable, "-m", "mpdit", "train"]
 
 
-def folder(data_set: Path, home: Path) -> Path:
+def folder(data_set: Path, home: Path, steps: int = 6) -> Path:
     """A launch folder of a tiny target on a real data set, in TP2 x PP2, from a tiny proxy."""
+    home.mkdir(exist_ok=True)
     model = {**tiny.BASE["model"], "width": 16}
     data = {"path": str(data_set)}
-    train = {**tiny.BASE["train"], "steps": 6}
+    train = {**tiny.BASE["train"], "steps": steps}
     proxy = {**tiny.BASE, "model": model, "data": data, "train": train}
     (home / "proxy.yaml").write_text(yaml.safe_dump(proxy))
     (home / "wide.yaml").write_text("model: {width: 32}\nparallel: {tp: 2, pp: 2}\ntrain: {save_every: 2}\n")
@@ -32,10 +33,10 @@ def folder(data_set: Path, home: Path) -> Path:
     return out
 
 
-def trained(folder: Path) -> None:
+def trained(folder: Path, steps: int = 6) -> None:
     """The run has all its steps, with what the launch folder promised."""
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [*range(6)]
+    assert [line["step"] for line in lines] == [*range(steps)]
     assert lines[-1]["val_loss"] > 0
     assert json.loads((folder / "run" / "environment.json").read_text())["world_size"] == 4
     tables = [json.loads((path / "mup_table.json").read_text()) for path in (folder, folder / "run")]

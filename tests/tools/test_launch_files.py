@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import socket
@@ -45,6 +46,13 @@ def test_machines_are_all_gpus_or_a_sentence(gpus: int, per_node: int, tp: int, 
 def test_without_a_number_there_is_one_copy_of_the_model() -> None:
     assert launch.machines(None, 8, Parallel(tp=2, pp=2)) == Machines(nodes=1, per_node=4)
     assert launch.machines(None, 8, Parallel(tp=8, pp=4)) == Machines(nodes=4, per_node=8)
+
+
+@given(st.text(max_size=60))
+def test_a_jobs_name_is_one_that_kubernetes_takes(folder: str) -> None:
+    name = launch._job(folder)
+    assert re.fullmatch(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?", name)
+    assert yaml.safe_load(name) == name
 
 
 # ---- as text ---------------------------------------------------------------------------------------------------------
@@ -101,7 +109,8 @@ def test_kubeflow_knows_every_key_of_the_manifest(folder: Path) -> None:
     assert {worker.replicas, job.spec.elastic_policy.min_replicas, job.spec.elastic_policy.max_replicas} == {32}
     assert (container.name, container.resources.limits["nvidia.com/gpu"]) == ("pytorch", "8")
     assert container.command[0] == "torchrun"
-    assert container.command[-1] == f"{'18b' if folder.is_absolute() else folder}/config.yaml"
+    inside = "18b" if folder.is_absolute() else folder
+    assert container.command[-2:] == [f"{inside}/config.yaml", f"run.dir={inside}/run"]
 
 
 # ---- for real --------------------------------------------------------------------------------------------------------

@@ -158,7 +158,42 @@ def test_a_crashed_trial_is_wanted_again(around: Spec) -> None:
 def test_all_diverging_is_an_end_without_a_best(around: Spec) -> None:
     records = play(around, lambda params, seed: "diverged")
     assert plan.winner(around, records) is None
-    assert len(records) == 18, "the first sweep alone"
+    assert len(records) == 6, "the first sweep alone, and no second seed of what diverged"
+
+
+def test_what_can_never_run_does_not_stop_a_search(around: Spec) -> None:
+    """A factor that leads where nothing can be trained: tried twice, then as good as diverged."""
+
+    def outcome(params: dict[str, Any], seed: int) -> Any:
+        return "failed" if params["mup.lr_mult.hidden"] > 1 else paper(0.0005, {"modulation": -1})(params, seed)
+
+    records = play(around, outcome)
+    best = plan.winner(around, records)
+    assert best is not None
+    assert (best.params["mup.lr_mult.hidden"], best.params["mup.lr_mult.modulation"]) == (1, 0.5)
+    failed = [record for record in records if record.state == "failed"]
+    assert len(failed) == 2 * len(results.settings(failed))
+
+
+def test_a_crash_while_confirming_does_not_cost_the_best_its_place() -> None:
+    base = dataclasses.replace(spec.load(EXAMPLES / "pixart.yaml"), confirm=spec.Confirm(top=2, seeds=(1, 2)))
+    crashes = iter(["failed"])
+
+    def outcome(params: dict[str, Any], seed: int) -> Any:
+        best = params["optim.lr"] == 2.0**-10
+        return next(crashes, 0.4) if best and seed == 1 else 0.4 if best else 0.5
+
+    records = play(base, outcome)
+    found = results.best(base, records)
+    assert found is not None
+    assert found.params == {"optim.lr": 2.0**-10}
+    assert found.has((0, 1, 2))
+
+
+def test_noise_is_of_settings_that_came_through_with_every_seed() -> None:
+    base = dataclasses.replace(spec.load(EXAMPLES / "pixart.yaml"), confirm=spec.Confirm(top=1, seeds=(1, 2)))
+    records = play(base, lambda params, seed: "diverged" if seed == 2 else 0.4 + params["optim.lr"])
+    assert results.noise(base, records) is None
 
 
 @given(scale=st.floats(1e-4, 1e-2), seeds=st.integers(2, 6), number=st.integers(0, 10**6))

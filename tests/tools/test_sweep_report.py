@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweep_specs import EXAMPLES
 
+import ranks
 from mpdit import config as configs
 from mpdit_tools.sweep import coordinate, figure, report, results, rounds, space, spec, text
 from mpdit_tools.sweep.results import Record
@@ -93,6 +94,19 @@ def test_every_trial_is_in_every_panel_between_the_limits(worst: float, states: 
                 assert low <= y <= high
                 assert left <= x <= right
     pyplot.close(picture)
+
+
+def reported(rank: int, world: int, folder: Path, told: Summary) -> list[str]:
+    return [path.name for _ in range(4) for path in report.write_report(folder, told)]
+
+
+@pytest.mark.dist
+def test_workers_that_end_together_write_their_reports_side_by_side(tmp_path: Path) -> None:
+    of = spec.load(EXAMPLES / "pixart.yaml")
+    told = summary(of, trials(of, 5, lambda params: 0.4 + params["optim.lr"]))
+    for names in ranks.run(3, reported, folder=tmp_path, told=told):
+        assert names == 4 * ["REPORT.md", "response.png", "progress.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["REPORT.md", "progress.png", "response.png"]
 
 
 @pytest.mark.parametrize("name", ["mmdit", "pixart", "small"])

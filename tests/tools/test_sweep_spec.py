@@ -37,6 +37,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {  # what is wrong: keys of the spe
         {"search": {"optim.lrr": {"grid": [1.0, 2.0]}}},
         "unknown key optim.lrr; did you mean 'lr'?",
     ),
+    "huge power": ({"search": {"optim.lr": {"grid": ["2^9999"]}}}, "2^9999 is no finite number"),
+    "no power": ({"search": {"optim.lr": {"grid": ["0^-1"]}}}, "0^-1 is no finite number"),
     "unknown section": ({"search": {"optm.lr": {"grid": [1.0, 2.0]}}}, "unknown key optm; did you mean 'optim'?"),
     "a section": ({"search": {"optim": {"grid": [1.0, 2.0]}}}, "optim should be a section with keys"),
     "key in a value": ({"search": {"optim.lr.x": {"grid": [1.0]}}}, "lr is a value, not a section"),

@@ -304,6 +304,21 @@ def test_folders_and_files_in_the_way(transfer: Transfers) -> None:
     assert "is neither a file nor a preset" in transfer.refused(to="mmdit-19b")
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("scheduler", "scripts"),
+    [
+        ("torchrun", ["launch.sh"]),
+        ("slurm", ["launch.sbatch", "launch.sh"]),
+        ("kubeflow", ["launch.sbatch", "launch.sh", "launch.yaml"]),
+    ],
+)
+def test_each_scheduler_gets_its_scripts(scheduler: str, scripts: list[str], transfer: Transfers) -> None:
+    transfer("--scheduler", scheduler)
+    names = sorted(path.name for path in (transfer.folder / "launch-0").iterdir())
+    assert names == ["REPORT.md", "config.yaml", *scripts, "mup_table.json", "plan.json"]
+
+
 def test_a_folder_that_could_not_be_finished_is_not_there(tmp_path: Path) -> None:
     from mpdit_tools.transfer.main import _new_folder
 

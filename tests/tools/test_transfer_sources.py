@@ -205,15 +205,20 @@ def track(folder: Path) -> dict[str, str]:
         "high": (4e-3, 0.6, "FINISHED", 32),
         "broken": (8e-3, 0.1, "FAILED", 32),
         "unvalidated": (9e-3, None, "FINISHED", 32),
+        "lowest": (5e-4, 0.9, "FINISHED", 16),
+        "lower": (6e-4, 0.6, "FINISHED", 16),
+        "diverged": (7e-4, None, "FAILED", 16),
         "other": (2e-3, 0.7, "FINISHED", 64),
     }
     store, ids = f"sqlite:///{folder / 'mlflow.db'}", {}
     for name, (lr, loss, status, width) in runs.items():
         tree = merged(SMALL, optim={"lr": lr}, model={"width": width}, mup={"base_width": width})
         (folder / name).mkdir(parents=True)
-        tracker = Tracker(folder / name, uri=store, experiment="mine", params=configs.to_dict(configs.from_dict(tree)))
+        own, experiment = configs.to_dict(configs.from_dict(tree)), "cliff" if width == 16 else "mine"
+        tracker = Tracker(folder / name, uri=store, experiment=experiment, params=own)
         for step, value in ((50, 0.8 - (loss or 0)), (100, loss)):
-            tracker.log({"step": step, "images": step * 16, **({} if loss is None else {"val_loss": value})})
+            told = {"loss": 9.0} if loss is None else {"loss": 1.0, "val_loss": value}
+            tracker.log({"step": step, "images": step * 16, **told})
         tracker.close(status, timeout=60)
         assert tracker.lost == 0
         ids[name] = str(tracker.run_id)
@@ -227,7 +232,8 @@ def transfers_of_runs(rank: int, world: int, folder: Path) -> tuple[dict[str, st
     ids = track(folder)
     wide = write(folder / "wide.yaml", {"model": {"width": 128}})
     sources = {name: f"mlflow:{ids.get(name, name)}" for name in ("best", "broken", "nobody")}
-    sources |= {"high": f"runs:/{ids['high']}", "mine": "mlflow-experiment:mine", "none": "mlflow-experiment:none"}
+    sources |= {"high": f"runs:/{ids['high']}"}
+    sources |= {name: f"mlflow-experiment:{name}" for name in ("mine", "cliff", "none")}
     where = ["--to", wide, "--tracking-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     argvs: list[list[object]] = [
         ["transfer", "--from", source, *where, "--out", folder / "launch" / name] for name, source in sources.items()
@@ -292,6 +298,19 @@ def test_the_best_finished_run_of_an_experiment(tracked: Tracked) -> None:
     assert best in tracked.report("mine")
     assert "1 of its 6 runs are of another model" in tracked.done["mine"][2]
     assert "R = 5 trials" in tracked.report("mine")
+
+
+@pytest.mark.dist
+def test_an_optimum_beside_what_diverged_is_none_at_an_edge(tracked: Tracked) -> None:
+    assert tracked.config("cliff").optim.lr == 6e-4
+    assert "R = 3 trials" in tracked.report("cliff")
+
+
+def test_stores_that_are_no_files_are_asked_as_they_are() -> None:
+    from mpdit_tools.transfer import tracked
+
+    for uri in ("mysql+pymysql://me:pw@host/db", "postgresql+psycopg2://host/db", "http://host:5000", "databricks"):
+        assert tracked._uri(uri) == uri
 
 
 @pytest.mark.dist

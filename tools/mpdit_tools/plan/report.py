@@ -58,8 +58,8 @@ def text(plan: Estimate, config: Config, gpu: str, machine: Machine, note: str =
         f"layout       {layout}: {plan.gpus:,} {gpu.upper()}, {parallel.precision}{recompute}, "
         f"{plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)} of {parallel.micro_batch}",
         f"parameters   {_span(plan.rank_parameters)} a GPU",
-        f"work         {plan.model_flops / 1e15:,.2f} PFLOP a step of {train.batch_size:,} images, "
-        f"{plan.model_flops / train.batch_size / 1e12:,.3f} TFLOP an image",
+        f"work         {_si(plan.model_flops)}FLOP a step of {train.batch_size:,} images, "
+        f"{_si(plan.model_flops / train.batch_size)}FLOP an image",
         f"bubble       {plan.timeline.bubble:.1%} of the pipeline's time",
         "sent         " + ", ".join(f"{k} {_gb(v)}" for k, v in dataclasses.asdict(plan.traffic).items() if v)
         + " a GPU and step"
@@ -71,8 +71,8 @@ def text(plan: Estimate, config: Config, gpu: str, machine: Machine, note: str =
         f"estimated    {plan.step_s:.3g} s a step: pipeline {plan.timeline.seconds:.3g}, exchange of gradients and "
         f"weights {plan.data_s:.3g}, update {plan.update_s:.3g}",
         f"             {train.batch_size / plan.step_s:,.0f} images/s, {plan.flops_s / 1e12:,.0f} TFLOP/s a GPU, "
-        f"MFU {plan.mfu:.1%}; {train.steps:,} steps: {plan.step_s * train.steps / 86400:.2g} days, "
-        f"{plan.step_s * train.steps * plan.gpus / 3600:,.0f} GPU hours",
+        f"MFU {plan.mfu:.1%}; {train.steps:,} steps: {_time(plan.step_s * train.steps)}, "
+        f"{plan.step_s * train.steps * plan.gpus / 3600:,.3g} GPU hours",
         f"assumed      {_efficiencies(machine)}",
     ]  # fmt: skip
     return "\n".join([*lines, *([f"note         {note}"] if note else [])])
@@ -116,6 +116,19 @@ def _efficiencies(machine: Machine) -> str:
 def _span(values: tuple[int, ...]) -> str:
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _si(number: float) -> str:
+    """For example 13.84 T, to be followed by a unit."""
+    power = max((p for p in (0, 3, 6, 9, 12, 15, 18) if number >= 10**p), default=0)
+    return f"{number / 10**power:,.4g} {'_kMGTPE'[power // 3].strip('_')}"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
 
 
 def _gb(size: int) -> str:

@@ -85,7 +85,9 @@ class Search:
         found, missing = [], []
         for params in points:
             setting = self._there.get(key(params))
-            if setting is None or not setting.has(self._spec.seeds):
+            if setting and any(record.state == "diverged" for record in setting.by_seed.values()):
+                found.append((math.inf,) * len(self._spec.seeds))  # whatever the other seeds would do
+            elif setting is None or not setting.has(self._spec.seeds):
                 missing += [(params, seed) for seed in self._spec.seeds]
             else:
                 found.append(tuple(setting.by_seed[seed].loss for seed in self._spec.seeds))

@@ -1,12 +1,13 @@
 """Figures of a sweep: every trial against each searched key, the best so far, importances. Trials without a value keep
 a place above the axis: none is left out of the picture."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpdit_tools.sweep import rounds
+from mpdit_tools.sweep import folder, rounds
 from mpdit_tools.sweep.marks import BLUE, GOLD, GREY, RED, STAR, Heights, in_logs, log_ticks
 from mpdit_tools.sweep.results import Record, ranked
 from mpdit_tools.sweep.space import Axis, Range, Values, number
@@ -32,10 +33,9 @@ def save(summary: Summary, where: Path) -> list[Path]:
         for name, draw, possible in wanted:
             if possible:
                 figure = draw(summary)
-                figure.savefig(where / f".{name}", dpi=130, format="png", bbox_inches="tight")
+                save = functools.partial(figure.savefig, dpi=130, format="png", bbox_inches="tight")
+                made.append(folder.write(where / name, save))
                 pyplot.close(figure)
-                (where / f".{name}").replace(where / name)
-                made.append(where / name)
             else:
                 (where / name).unlink(missing_ok=True)
     return made

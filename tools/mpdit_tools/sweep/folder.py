@@ -70,7 +70,7 @@ def write(path: Path, make: Callable[[Path], object]) -> Path:
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
     """What was found on the way: the fingerprint of the training data, and the FLOPs of an image, forward and backward
-    (None where the search changes the model)."""
+    (None where the search changes them: of models, or of REPA that is on or off)."""
 
     data: str
     flops_per_image: int | None
@@ -112,13 +112,12 @@ def _check(given: Spec) -> Checked:
 
 
 def _flops(given: Spec) -> int | None:
-    if any(axis.key.startswith("model.") for axis in given.axes):
-        return None
     from mpdit_tools.mup_table import with_vocabulary
     from mpdit_tools.plan.resolve import flops_per_image
 
-    # Of all that is searched only REPA's weight has a say in it, by being none or some: the last values decide.
-    axes = [axis for axis in given.axes if not isinstance(axis, Factors)]
-    ends = {axis.key: axis.high if isinstance(axis, Range) else axis.values[-1] for axis in axes}
-    proxy, _ = with_vocabulary(space.filled(given.proxy, ends, "search"))
-    return flops_per_image(proxy)
+    working = [a for a in given.axes if a.key.startswith(("model.", "objective.")) and not isinstance(a, Factors)]
+    low = {axis.key: axis.low if isinstance(axis, Range) else axis.values[0] for axis in working}
+    high = {axis.key: axis.high if isinstance(axis, Range) else axis.values[-1] for axis in working}
+    ends = [space.filled(given.proxy, values, "search") for values in ([low, high] if working else [{}])]
+    found = {flops_per_image(with_vocabulary(proxy)[0]) for proxy in ends}
+    return found.pop() if len(found) == 1 else None

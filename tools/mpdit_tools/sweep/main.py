@@ -175,6 +175,8 @@ def _slots(workers: int, ranks: int) -> "list[Slot]":
     from mpdit_tools.sweep.trial import Slot, visible_devices
 
     threads, devices = max(1, cores() // workers), visible_devices()
+    if devices and ranks > len(devices):
+        raise InputError(f"ranks is {ranks}, but there are {len(devices)} GPUs; give at most as many.")
     mine = [[devices[(w * ranks + k) % len(devices)] for k in range(ranks)] if devices else [] for w in range(workers)]
     return [Slot(threads=threads, devices=tuple(own) if workers > 1 else ()) for own in mine]
 

@@ -44,7 +44,7 @@ def _search(spec: Spec, records: Sequence[Record]) -> Wish | None:
         begun = setting.by_seed.get(first)
         if begun is None or begun.state not in ("running", "complete"):
             continue
-        missing = [seed for seed in others if seed not in setting.by_seed]
+        missing = [seed for seed in others if _is_open(setting, seed)]
         spent += len(missing)  # a running first seed may still ask for them
         if missing and begun.state == "complete" and wish is None:
             wish = Wish(seed=missing[0], params=setting.params)
@@ -55,6 +55,12 @@ def _search(spec: Spec, records: Sequence[Record]) -> Wish | None:
         point = next((point for point in grid(spec) if key(point) not in there), None)
         wish = Wish(seed=first, params=point) if point else None
     return wish
+
+
+def _is_open(setting: Setting, seed: int) -> bool:
+    """Not run yet, or crashed once: what is compared over seeds can't do without it."""
+    record = setting.by_seed.get(seed)
+    return record is None or record.state == "failed"
 
 
 def grid(spec: Spec) -> Iterator[Params]:
@@ -68,7 +74,7 @@ def _confirm(spec: Spec, records: Sequence[Record]) -> Wish | None:
     assert spec.confirm is not None
     for setting in ranked(spec, records)[: spec.confirm.top]:
         for seed in spec.confirm.seeds:
-            if seed not in setting.by_seed:
+            if _is_open(setting, seed):
                 return Wish(seed=seed, params=setting.params, kind="confirm")
     return None
 
@@ -79,8 +85,7 @@ def _coordinate(spec: Spec, records: Sequence[Record]) -> Wish | None:
     there = settings(records)
     for params, seed in coordinate.Search(spec, there).wanted:
         setting = there.get(key(params))
-        record = setting.by_seed.get(seed) if setting else None
-        if record is None or record.state == "failed":  # no decision can do without it
+        if setting is None or _is_open(setting, seed):
             return Wish(seed=seed, params=params)
     return None
 

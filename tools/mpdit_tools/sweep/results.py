@@ -64,11 +64,14 @@ def key(params: Params) -> Key:
 
 
 def settings(records: Iterable[Record]) -> dict[Key, Setting]:
-    """In the order of their first trials."""
+    """In the order of their first trials. A run that failed twice counts as diverged: it will fail again."""
     found: dict[Key, Setting] = {}
     for record in sorted(records, key=lambda record: record.number):
         before = found.get(key(record.params))
-        by_seed = {**(before.by_seed if before else {}), record.seed: record}
+        by_seed = {**before.by_seed} if before else {}
+        if record.state == "failed" and record.seed in by_seed:
+            record = dataclasses.replace(record, state="diverged")
+        by_seed[record.seed] = record
         found[key(record.params)] = Setting(params=record.params, by_seed=by_seed)
     return found
 
@@ -105,7 +108,7 @@ _ALIKE = 1.1  # x the best mean: what bad settings scatter says little of the go
 
 def noise(spec: Spec, records: Iterable[Record]) -> Noise | None:
     """Of the good settings that ran with most seeds; None if none ran with several."""
-    found = [s for s in ranked(spec, records) if len(s.values) > 1 and min(s.values) > 0]
+    found = [s for s in ranked(spec, records) if len(s.values) == len(s.seeds) > 1 and min(s.values) > 0]
     most = max((len(setting.values) for setting in found), default=0)
     alike = [setting for setting in found if len(setting.values) == most and {*setting.seeds} == {*found[0].seeds}]
     alike = [setting for setting in alike if setting.mean(setting.seeds) <= _ALIKE * alike[0].mean(alike[0].seeds)]

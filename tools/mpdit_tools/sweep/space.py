@@ -123,7 +123,7 @@ def _factors(key: str, given: list[Any], where: str, place: str) -> Factors:
     if not _is_number(typed(key, 1 if _is_whole(key) else 1.0, where)):
         raise InputError(f"{place}: {key} is no number.")
     factors = [_power(value) for value in given]
-    if not all(_is_number(value) and value > 0 and value != 1 for value in factors):
+    if not all(_is_number(value) and 0 < value < math.inf and value != 1 for value in factors):
         raise InputError(f"{place} should be numbers above 0 and other than 1, but is {given}.")
     return Factors(key=key, factors=tuple(map(float, factors)))
 
@@ -186,7 +186,10 @@ def _power(value: Any) -> Any:
     found = (
         re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*\^\s*([+-]?\d+(?:\.\d+)?)\s*", value) if isinstance(value, str) else None
     )
-    return float(found[1]) ** float(found[2]) if found else value
+    try:
+        return float(found[1]) ** float(found[2]) if found else value
+    except ArithmeticError:
+        raise InputError(f"{value.strip()} is no finite number; give a smaller power.") from None
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

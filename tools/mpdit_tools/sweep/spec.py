@@ -58,7 +58,7 @@ class Spec:
     trials: int | None = None  # training runs of the search; None: all that grid and coordinate ask for
     seeds: tuple[int, ...] = (0,)  # train.seed of the runs of each setting; several are paired over settings
     metric: str = "val_loss"  # of metrics.jsonl, the last value; smaller is better
-    sampler_seed: int = 0  # random, tpe: values are a function of it and the trial's number
+    sampler_seed: int = 0  # random: values are a function of it and the trial's number; tpe: and of what came out
     prune: Prune | None = None
     confirm: Confirm | None = None
     rounds: int = 2  # coordinate: of trying every factor

@@ -21,7 +21,7 @@ from mpdit.errors import InputError
 from mpdit_tools.sweep import plan
 from mpdit_tools.sweep.folder import TRIALS, Checked
 from mpdit_tools.sweep.plan import DONE, WAIT, Wish
-from mpdit_tools.sweep.results import Record, State, settings
+from mpdit_tools.sweep.results import Record, State, key, settings
 from mpdit_tools.sweep.space import Axis, Factors, Params, Range, of
 from mpdit_tools.sweep.spec import Spec, fingerprint
 
@@ -106,7 +106,7 @@ class Ledger:
         """All trials that were started, by number."""
         flops = self._study.user_attrs.get("flops_per_image")
         trials = self._study.get_trials(deepcopy=False)
-        return [_record(trial, flops) for trial in trials if "seed" in trial.user_attrs]
+        return [_record(trial, flops) for trial in trials if _whole(trial)]
 
     # ---- taking a trial ----
 
@@ -116,11 +116,13 @@ class Ledger:
             return self._cut_short() or self._next()
 
     def _cut_short(self) -> Claim | None:
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):  # wished for, not yet taken
+            self._study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             lock = self._take(trial.number)
             if lock is None:
                 continue
-            if "seed" in trial.user_attrs and len(trial.params) == len(self._spec.axes):
+            if _whole(trial) and len(trial.params) == len(self._spec.axes):
                 return self._claimed(optuna.trial.Trial(self._study, trial._trial_id), lock)
             self._study.tell(trial.number, state=TrialState.FAIL)  # the process ended while the values were chosen
             lock.close()
@@ -128,11 +130,7 @@ class Ledger:
 
     def _next(self) -> Claim | Literal["wait", "done"]:
         records = self.records()
-        if self._again:
-            failed = self._again.pop(0)
-            wish: Any = Wish(seed=failed.seed, params=failed.params, kind=failed.kind)
-        else:
-            wish = plan.following(self._spec, records)
+        wish: Any = self._retried(records) or plan.following(self._spec, records)
         if wish in (WAIT, DONE):
             return wish
         self._study.sampler = _sampler(self._spec, len(self._study.get_trials(deepcopy=False)))
@@ -146,6 +144,14 @@ class Ledger:
         lock = self._take(trial.number)
         assert lock is not None
         return self._claimed(trial, lock)
+
+    def _retried(self, records: list[Record]) -> Wish | None:
+        there = settings(records)
+        while self._again:
+            failed = self._again.pop(0)
+            if there[key(failed.params)].by_seed[failed.seed].number == failed.number:  # no other process was quicker
+                return Wish(seed=failed.seed, params=failed.params, kind=failed.kind)
+        return None
 
     def _take(self, number: int) -> IO[str] | None:
         folder = self._folder / TRIALS / f"{number:04d}"
@@ -187,6 +193,13 @@ class Ledger:
     def let_go(self, claim: Claim) -> None:
         """An unfinished trial that is let go is taken again by whoever asks next."""
         claim.lock.close()
+
+
+def _whole(trial: FrozenTrial) -> bool:
+    """Whether it was claimed to the end: a process that is killed while it claims leaves a part of a trial."""
+    told = trial.user_attrs
+    ended = "state" in told or not trial.state.is_finished()
+    return trial.state != TrialState.WAITING and {"seed", "kind"} <= told.keys() and ended
 
 
 def _record(trial: FrozenTrial, flops_per_image: int | None) -> Record:

@@ -31,8 +31,8 @@ class Arguments:
     """What plan.json is for."""
     gpus_per_node: int = 8
     """Of which so many are in a node."""
-    scheduler: Literal["slurm", "kubeflow"] = "slurm"
-    """kubeflow: also write launch.yaml, a PyTorchJob."""
+    scheduler: Literal["torchrun", "slurm", "kubeflow"] = "slurm"
+    """torchrun: launch.sh alone; slurm: launch.sbatch too; kubeflow: launch.yaml, a PyTorchJob, as well."""
     image: str = "mpdit"
     """kubeflow: the container image."""
     claim: str = "mpdit"

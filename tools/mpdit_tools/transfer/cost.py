@@ -30,6 +30,11 @@ class Cost:
         return self._share(self.proxy_parameters, self.target_parameters)
 
     @property
+    def flops_share(self) -> float | None:
+        """The same counted out; None where a trial does not say what it took."""
+        return None if self.searched_flops is None else self.searched_flops / self.target_flops
+
+    @property
     def printed_share(self) -> float | None:
         """The same with sizes as papers print them; None where the proxy is too small to be printed so."""
         proxy, target = printed(self.proxy_parameters), printed(self.target_parameters)
@@ -77,25 +82,25 @@ def sentences(cost: Cost | None, arch: str) -> list[str]:
         f"{cost.searched_images:,} images; the target has S = {cost.target_parameters:,} parameters and is to see "
         f"B T = {cost.target_images:,}."
     )
-    found = [inputs, f"R S B T / (S B T) = **{_percent(cost.share)}** of the target's run, with these exact counts."]
+    found = [inputs, f"R S B T / (S B T) = **{percent(cost.share)}** of the target's run, with these exact counts."]
     if cost.printed_share is not None:
         proxy, target = printed(cost.proxy_parameters), printed(cost.target_parameters)
         found.append(
-            f"With sizes rounded as papers print them, {proxy:g}B and {target:g}B: **{_percent(cost.printed_share)}**."
+            f"With sizes rounded as papers print them, {proxy:g}B and {target:g}B: **{percent(cost.printed_share)}**."
         )
-    if cost.searched_flops is not None:
+    if cost.flops_share is not None:
         found.append(
             f"Counted out: {cost.searched_flops:.3g} FLOPs of the target's {cost.target_flops:.3g}, "
-            f"**{_percent(cost.searched_flops / cost.target_flops)}**."
+            f"**{percent(cost.flops_share)}**."
         )
     if arch == "mmdit":
         found.append(
             "The paper's 3 % for its MMDiT is of what experts spend on tuning by hand, quoted as about "
-            f"{_BY_HAND} runs of the target. Of that many, this search is {_percent(cost.share / _BY_HAND)}. The "
+            f"{_BY_HAND} runs of the target. Of that many, this search is {percent(cost.share / _BY_HAND)}. The "
             "paper's own figure can't be computed again: its proxy's batch size is not published."
         )
     return found
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     return f"{100 * share:.3g} %"

@@ -14,6 +14,7 @@ from mpdit.config import Parallel
 from mpdit.errors import InputError
 
 _RESTARTS = 3
+_REQUEUES = 10
 _PORT = 29400  # torchrun's own
 _WARNING_S = 300  # before a job's end
 
@@ -71,14 +72,15 @@ def slurm(given: Machines, what: str, folder: Path) -> str:
 def kubeflow(given: Machines, what: str, folder: Path, image: str, claim: str) -> str:
     """launch.yaml: a PyTorchJob of Kubeflow's training operator; `folder` is as seen from the volume `claim`."""
     inside = folder.name if folder.is_absolute() else folder.as_posix()
-    texts = {"config": f"{inside}/config.yaml", "image": image, "claim": claim}
+    texts = {"config": f"{inside}/config.yaml", "run_dir": f"run.dir={inside}/run", "image": image, "claim": claim}
     quoted = {key: json.dumps(text) for key, text in texts.items()}
     return _fill(_KUBEFLOW, given, what, name=_job(folder.name), **quoted)
 
 
 def _job(name: str) -> str:
-    """A name that Slurm and Kubernetes take: small letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50] or "mpdit"
+    """A name that Slurm and Kubernetes take: small letters, digits and dashes, a letter first."""
+    kept = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
+    return kept if re.match(r"[a-z](?!o$|es$|n$|ff$)", kept) else f"mpdit-{kept}".rstrip("-")
 
 
 def _fill(template: str, given: Machines, what: str, **more: str) -> str:
@@ -89,6 +91,7 @@ def _fill(template: str, given: Machines, what: str, **more: str) -> str:
         restarts=str(_RESTARTS),
         port=str(_PORT),
         warning=str(_WARNING_S),
+        requeues=str(_REQUEUES),
         **more,
     )
 
@@ -131,8 +134,8 @@ _SLURM = """\
 #
 # sbatch --time=24:00:00 --partition=... --account=... launch.sbatch [section.key=value ...]
 #
-# Submit it in the folder that data.path and run.dir are relative to. A job that nears its end, or whose node
-# fails, is put into the queue again and goes on from the newest checkpoint.
+# Submit it in the folder that data.path and run.dir are relative to. A job that nears its end, or that fails (a node
+# breaks down; %requeues times at most), is put into the queue again and goes on from the newest checkpoint.
 #SBATCH --job-name=%name
 #SBATCH --nodes=%nodes
 #SBATCH --ntasks-per-node=1
@@ -146,15 +149,17 @@ set -euo pipefail
 
 # Slurm runs a copy of this file; its own folder is where the job was submitted from.
 script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
-folder=$(cd "$(dirname "${script%%%% *}")" && pwd)
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+folder=$(cd "$(dirname "${script%%%%.sbatch*}")" && pwd)
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 endpoint=${RDZV_ENDPOINT:-$host:$((20000 + SLURM_JOB_ID %% 10000))}
 
 again() {
-    echo "launch.sbatch: the time is nearly up, job $SLURM_JOB_ID goes back into the queue"
+    trap '' USR1
+    echo "launch.sbatch: $1, job $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
+    exit
 }
-trap again USR1
+trap 'again "the time is nearly up"' USR1
 
 # Ranks of a second try would meet by what the first one left in a store they share (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -166,7 +171,12 @@ srun --kill-on-bad-exit=1 --cpu-bind=none torchrun \\
     --rdzv-id="$SLURM_JOB_ID" \\
     --max-restarts="${MAX_RESTARTS:-%restarts}" \\
     -m mpdit train "$folder/config.yaml" "$@" &
-wait $! # in the background, so that the signal is heard at once
+code=0
+wait $! || code=$? # in the background, so that the signal is heard at once
+if [ "$code" -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt %requeues ]; then
+    again "srun ended with $code"
+fi
+exit "$code"
 """
 
 _KUBEFLOW = """\
@@ -199,7 +209,7 @@ spec:
             - name: pytorch # the operator looks for this name, and gives torchrun its nodes in PET_* variables
               image: %image
               workingDir: /mpdit
-              command: [torchrun, -m, mpdit, train, %config]
+              command: [torchrun, -m, mpdit, train, %config, %run_dir]
               env: # ranks of a second try would meet by what the first one left in a store they share
                 - {name: TORCH_DISABLE_SHARE_RDZV_TCP_STORE, value: "1"}
               resources:

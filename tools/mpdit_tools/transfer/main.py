@@ -24,6 +24,9 @@ def main(argv: list[str]) -> int:
     arguments = tyro.cli(Arguments, args=argv, prog="mpdit transfer")
     _check_free(arguments.out)
 
+    from mpdit.parallel import accel
+
+    accel.enter()
     from mpdit_tools.transfer.gather import as_json, gather
 
     facts = gather(arguments)
@@ -51,8 +54,9 @@ def files(arguments: Arguments, facts: "Facts") -> dict[str, str]:
         "plan.json": json.dumps(facts.plan, indent=1) + "\n",
         "REPORT.md": report.markdown(facts),
         "launch.sh": launch.torchrun(facts.machines, what),
-        "launch.sbatch": launch.slurm(facts.machines, what, arguments.out),
     }
+    if arguments.scheduler != "torchrun":
+        found["launch.sbatch"] = launch.slurm(facts.machines, what, arguments.out)
     if arguments.scheduler == "kubeflow":
         found["launch.yaml"] = launch.kubeflow(facts.machines, what, arguments.out, arguments.image, arguments.claim)
     return found
@@ -86,7 +90,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 def _tell(facts: "Facts") -> None:
     from mpdit_tools import mup_table
-    from mpdit_tools.transfer import explain, report
+    from mpdit_tools.transfer import cost, explain, report
 
     lines = explain.lines(facts.pair)
     print(f"{report.title(facts.pair)}, from {facts.source.name}, {facts.source.said}", end="\n\n")
@@ -94,6 +98,10 @@ def _tell(facts: "Facts") -> None:
         ["", "proxy", "rule", "target", "why"],
         [[line.name, line.proxy, line.rule, line.target, line.why] for line in lines],
     )
+    if facts.cost:
+        counted = f", {cost.percent(facts.cost.flops_share)} of its FLOPs" if facts.cost.flops_share else ""
+        share = cost.percent(facts.cost.share)
+        print(f"\nCost of {facts.cost.trials} trials: R S B T / (S B T) = {share} of the target's run{counted}.")
     print(f"\n{facts.folder} is written; REPORT.md there has the reasons. Next:")
     for command in report.commands(facts.folder):
         print(f"  {command}")

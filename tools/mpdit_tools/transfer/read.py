@@ -40,8 +40,13 @@ def _sweep(path: Path) -> Source:
     best = path / "best.yaml"
     if not best.is_file():
         raise InputError(f"{path}: has trials, but no best.yaml; run the sweep to its end.")
+    over = (path / "REPORT.md").is_file()  # a sweep's last act
     return Source(
-        name=str(path), said=f"the best of a sweep ({trials.counted(tried)})", tree=tree_of(best), trials=tried
+        name=str(path),
+        said=f"the best of a sweep ({trials.counted(tried)})",
+        tree=tree_of(best),
+        trials=tried,
+        warnings=() if over else (f"{path}: the sweep is not over, so that its best may still change.",),
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -213,8 +214,5 @@ def _next(folder: str) -> str:
 
 def commands(folder: str) -> list[str]:
     """What to do with the folder."""
-    return [
-        f"mpdit plan {folder}/config.yaml",
-        f"mpdit rehearse {folder}/config.yaml",
-        f"bash {folder}/launch.sh",
-    ]
+    path = shlex.quote(folder)
+    return [f"mpdit plan {path}", f"mpdit rehearse {path}", f"bash {path}/launch.sh"]

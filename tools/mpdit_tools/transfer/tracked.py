@@ -87,11 +87,9 @@ def experiment(name: str, uri: str | None) -> Source:
 def _uri(uri: str | None) -> str:
     """The store asked for, else the environment's, else mpdit's own. Raises InputError if its file is not there."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or _STORE
-    local = re.match(r"(?:sqlite:///|file:(?://)?)?(?!\w+:|databricks|uc\b)(.*)", uri)
+    local = re.match(r"(?:sqlite:///|file:(?://)?)?(?![\w+.-]+:|databricks|uc\b)([^?]*)", uri)
     if local and not Path(local[1]).exists():  # MLflow would make a new, empty one
-        raise InputError(
-            f"MLflow store {uri}: {local[1]} is not there; name a store with --tracking-uri or MLFLOW_TRACKING_URI."
-        )
+        raise InputError(f"MLflow store {redact_uri(uri)}: {local[1]} is not there; name another with --tracking-uri.")
     return uri
 
 
@@ -173,7 +171,9 @@ def _value(key: str, text: str) -> Any:
 def _state(run: Any) -> str:
     loss = run.data.metrics.get("val_loss")
     if run.info.status != "FINISHED" or loss is None:
-        return trials.FAILED
+        # What trained and was cut short has been tried: such a learning rate is not beyond the edge of the search.
+        ended = trials.PRUNED if run.info.status == "KILLED" else trials.DIVERGED
+        return ended if "loss" in run.data.metrics else trials.FAILED
     return trials.COMPLETE if math.isfinite(loss) else trials.DIVERGED
 
 
