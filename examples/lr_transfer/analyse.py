@@ -199,7 +199,27 @@ def against_table(results: Results, arch: str) -> list[str]:
             f"| {width} | {statistics.fmean(o for o, _ in pairs):.4f} | {statistics.fmean(t for _, t in pairs):.4f} "
             f"({best:g}) | {' '.join(f'{g:+.1%}' for g in gaps)} | **{statistics.fmean(gaps):+.2%}** |"
         )
-    return [*lines, "", *(f"* {step}" for step in tuning.log), ""]
+    return [*lines, "", _tuning_cost(results, arch), "", *(f"* {step}" for step in tuning.log), ""]
+
+
+def _tuning_cost(results: Results, arch: str) -> str:
+    """What each side spent before its runs above: on the proxy once, or at each width."""
+
+    def spent(rule: str, width: int, seeds: Sequence[int]) -> str:
+        own = [
+            row["cpu_s"]
+            for row in results.rows.values()
+            if all(row["point"][key] == value for key, value in (("arch", arch), ("rule", rule), ("width", width)))
+            and (row["point"]["schedule"], row["point"]["more"]) == ("linear", [])
+            and row["point"]["seed"] in seeds
+        ]
+        return f"{len(own)} runs, {sum(own) / 60:.1f} core-minutes"
+
+    sp = "; ".join(f"at {width} {spent('sp', width, (0, 1))}" for width in WIDTHS[2:])
+    return (
+        f"Spent on tuning: muP on the proxy, learning rate and six multipliers, {spent('mup', WIDTHS[0], range(8))}; "
+        f"SP its learning rate, {sp}."
+    )
 
 
 def variants_table(results: Results, arch: str) -> list[str]:
