@@ -4,6 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# The ci profile of hypothesis draws the same examples each time; `pytest` alone draws new ones.
 # Test files side by side; more than two do not pay, as many tests are processes themselves.
 WORKERS := -n 2 --dist loadfile
 
@@ -24,13 +25,14 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=8 $(WORKERS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" --hypothesis-profile=ci --durations=8 $(WORKERS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not slurm"
 
 # A real Slurm of two nodes on this machine; installs Debian's if it is not there. Needs root.
 test-slurm: $(STAMP)
+	@test "$$(id -u)" = 0 || { echo "make test-slurm needs root: Slurm's daemons start as root"; exit 2; }
 	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld || \
 		{ apt-get update -qq && apt-get install -qq --no-install-recommends slurmctld slurmd slurm-client; }
 	$(BIN)/python -m pytest -m slurm

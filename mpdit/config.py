@@ -11,14 +11,16 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from mpdit.errors import InputError
 from mpdit.presets import PRESETS
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,18 +198,34 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises InputError for an unreadable file, an unknown key (with the nearest known one) or a value of the wrong type.
     """
-    path = Path(path) / "config.yaml" if Path(path).is_dir() else path
-    try:
-        tree = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data() or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read as a config: {error}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: should hold sections such as 'model:' and 'train:', but is a {type(tree).__name__}.")
+    path, tree = _file(path), read(path)
     for text in overrides:
         override(tree, text)
     return from_dict(tree, str(path))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The sections and keys that a YAML file or a run folder names, as they stand. Raises InputError."""
+    tree = read_yaml(_file(path), "a config") or {}
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"{_file(path)}: should hold sections such as 'model:' and 'train:', but is a {type(tree).__name__}."
+        )
+    return tree
+
+
+def _file(path: str | Path) -> Path:
+    return Path(path) / "config.yaml" if Path(path).is_dir() else Path(path)
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """What a YAML file holds, which is to be `what`. Raises InputError for an unreadable one or a key twice."""
+    try:
+        return _Loader(path.read_text(encoding="utf-8")).get_single_data()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read as {what}: {error}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from error
 
 
 def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
@@ -219,9 +237,15 @@ def from_dict(tree: dict[str, Any], source: str = "config") -> Config:
     if isinstance(model, dict) and model.get("preset") is not None:
         name = model["preset"]
         if not isinstance(name, str) or name not in PRESETS:
-            raise InputError(f"{source}: model.preset is {name!r}{_suggest(str(name), PRESETS)}.")
+            raise InputError(f"{source}: model.preset is {name!r}{suggestion(str(name), PRESETS)}.")
         tree = {**tree, "model": {**PRESETS[name], **model}}
-    return _build(Config, tree, "", source)
+    return build(Config, tree, source)
+
+
+def build(cls: type[T], tree: Any, source: str) -> T:
+    """A frozen dataclass out of nested dicts, checked against its annotations. Raises InputError as :func:`load`."""
+    built: T = _build(cls, tree, "", source)
+    return built
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -230,6 +254,39 @@ def to_dict(config: Any) -> dict[str, Any]:
         key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
         for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
     }
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Dotted key: value, of every setting of a config, or of nested dicts."""
+    return dict(_leaves(config if isinstance(config, dict) else to_dict(config), ""))
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def put(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a dotted key of nested dicts in place. Raises InputError, `where` in front, if a section is a value."""
+    *sections, last = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise InputError(f"{where}: {section} is a value, not a section.")
+    tree[last] = value
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts out of dotted keys, as :func:`flat` gives them."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        put(tree, key, value, key)
+    return tree
 
 
 def dump(config: Config) -> str:
@@ -265,21 +322,17 @@ def override(tree: dict[str, Any], assignment: str) -> None:
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise InputError(f"{assignment!r}: an override looks like section.key=value, for example parallel.tp=2.")
-    *sections, last = key.removeprefix("--").split(".")
-    for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            raise InputError(f"{assignment!r}: {section} is a value, not a section.")
     try:
-        tree[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{assignment!r}: the value is not YAML.") from error
+    put(tree, key.removeprefix("--"), value, repr(assignment))
 
 
-def _suggest(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence on an unknown word: the nearest known one, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
@@ -290,11 +343,8 @@ def _build(cls: Any, tree: Any, path: str, source: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in hints:
-            raise InputError(f"{source}: unknown key {path}{key}{_suggest(str(key), hints)}.")
-        if dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(hints[key], {} if value is None else value, f"{path}{key}.", source)
-        else:
-            values[key] = _convert(hints[key], value, f"{path}{key}", source)
+            raise InputError(f"{source}: unknown key {path}{key}{suggestion(str(key), hints)}.")
+        values[key] = _convert(hints[key], value, f"{path}{key}", source)
     return cls(**values)
 
 
@@ -305,10 +355,12 @@ def _convert(hint: Any, value: Any, key: str, source: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _convert(next(a for a in arguments if a is not type(None)), value, key, source)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, f"{key}.", source)
     if origin is Literal:
         if value in arguments:
             return value
-        raise InputError(f"{source}: {key} is {value!r}{_suggest(str(value), [str(a) for a in arguments])}.")
+        raise InputError(f"{source}: {key} is {value!r}{suggestion(str(value), map(str, arguments))}.")
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], item, f"{key}[{i}]", source) for i, item in enumerate(value))
     if hint is float and not isinstance(value, bool):

@@ -6,10 +6,10 @@ Over the width, for one network, task and recipe: Zheng et al., arXiv 2505.15270
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
-from mpdit.config import Config, to_dict
+from mpdit.config import Config, flat
 from mpdit.errors import InputError
 
 _BASES = ("mup.base_width", "mup.base_depth", "mup.base_head_dim", "mup.base_batch_size", "mup.base_images")
@@ -69,19 +69,6 @@ def same_shares(base: Config, target: Config) -> dict[str, int]:
         key: max(1, round(count * flat_target[whole] / flat_base[whole])) if (count := flat_base[key]) else 0
         for key, whole in _SHARES.items()
     }
-
-
-def flat(config: Config) -> Flat:
-    """Dotted key: value, of every setting."""
-    return dict(_leaves(to_dict(config)))
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _sizes(base: Config) -> dict[str, int]:

@@ -304,10 +304,6 @@ LAUNCH = [
 ]
 
 
-def planned_alone(rank: int, world: int, argvs: list[list[str]]) -> list[commands.Done]:
-    return commands.commands(rank, world, [["plan", *argv] for argv in argvs])
-
-
 def work_of_an_image(rank: int, world: int, preset: str) -> int:
     import torch.distributed as dist
 
@@ -324,16 +320,15 @@ def test_an_image_is_the_same_work_in_every_layout() -> None:
     """What a sweep says that it cost is what a plan says of its proxy."""
     for gpus, layout in ((1, []), (12, ["parallel.tp=2", "parallel.pp=3"])):
         argv = ["dit-s-2", "--json", "--gpus", str(gpus), "train.batch_size=12", *layout]
-        ((_, told, _),) = ranks.run(1, planned_alone, argvs=[argv])[0]
+        _, told, _ = commands.run("plan", *argv)
         expected = json.loads(told)["model_flops_per_image"]
         assert ranks.run(1, work_of_an_image, preset="dit-s-2")[0] == expected
 
 
 def test_18b_is_planned_on_a_laptop(tmp_path: Path) -> None:
     """Its parameters to the unit; tables, plan.json and pictures; a step that fits."""
-    (code, told, _), (_, as_json, _) = ranks.run(
-        1, planned_alone, argvs=[[*LAUNCH, "--out", str(tmp_path)], [*LAUNCH, "--json"]]
-    )[0]
+    code, told, _ = commands.run("plan", *LAUNCH, "--out", tmp_path)
+    _, as_json, _ = commands.run("plan", *LAUNCH, "--json")
     assert code == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert json.loads(as_json) == plan
@@ -346,14 +341,14 @@ def test_18b_is_planned_on_a_laptop(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_said_and_is_exit_code_1() -> None:
-    ((code, told, _),) = ranks.run(1, planned_alone, argvs=[["mmdit-18b", "train.batch_size=8"]])[0]
+    code, told, _ = commands.run("plan", "mmdit-18b", "train.batch_size=8")
     assert code == 1
     assert "does NOT fit" in told
 
 
 def test_a_search_ranks_what_fits_and_says_why_the_rest_does_not() -> None:
     argv = ["pixart-0.61b", "--search", "--gpus", "4", "--gpus-per-node", "2", "train.batch_size=4", "--json"]
-    ((code, told, _),) = ranks.run(1, planned_alone, argvs=[argv])[0]
+    code, told, _ = commands.run("plan", *argv)
     assert code == 0
     found = json.loads(told)
     fit = [one for one in found if one["fits"]]
@@ -377,7 +372,7 @@ def test_a_search_ranks_what_fits_and_says_why_the_rest_does_not() -> None:
 def test_what_cannot_be_planned_is_one_sentence(argv: list[str], words: list[str], tmp_path: Path) -> None:
     (tmp_path / "calibration.yaml").write_text("gem: 0.7\n")
     argv = [str(tmp_path / "calibration.yaml") if word == "CALIBRATION" else word for word in argv]
-    ((code, told, error),) = ranks.run(1, planned_alone, argvs=[argv])[0]
+    code, told, error = commands.run("plan", *argv)
     assert (code, told) == (2, "")
     assert error.count("\n") == 1
     assert all(word in error for word in words)

@@ -235,21 +235,6 @@ def test_what_can_not_be_trained_is_told_before_anything_is(
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize(
-    ("said", "code", "kept"),
-    [
-        ("Traceback\nValueError: no\n\n", 1, "ValueError: no"),
-        ("mpdit: data.path is gone.\nE1122 torchrun\n=====\n", 1, "mpdit: data.path is gone."),
-        ("a warning\n", -9, "killed by SIGKILL"),
-        ("", 3, "exit code 3 without a word"),
-        ("x" * 999, 1, "x" * 300),
-        ("can't reach https://me:pw@host/?token=abc\n", 1, "can't reach https://***@host/?token=***"),
-    ],
-)
-def test_last_words(said: str, code: int, kept: str) -> None:
-    assert trial.last_words(said, code) == kept
-
-
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, tiny_set: Path) -> None:
     path = write(tmp_path, tree(tiny_set))
     code, _, error = sweep(path, "--out", tmp_path)

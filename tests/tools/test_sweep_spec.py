@@ -77,7 +77,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {  # what is wrong: keys of the spe
     "seeds of words": ({"seeds": ["a"]}, "seeds should be a list of whole numbers"),
     "confirmed by the same seed": ({"confirm": {"seeds": [0]}}, "seeds that are not among (0,)"),
     "unknown pruner": ({"prune": "medium"}, "prune.kind is 'medium'; did you mean 'median'?"),
-    "pruning key": ({"prune": {"evry": 3}}, "unknown key evry; did you mean 'every'?"),
+    "pruning key": ({"prune": {"evry": 3}}, "unknown key prune.evry; did you mean 'every'?"),
     "pruning all": ({"prune": {"keep": 0}}, "prune.keep is 0.0, but should be a share"),
     "pruning after the end": ({"prune": {"warmup_steps": 20}}, "less than the proxy's train.steps, which is 20"),
     "pruning by nothing": ({"prune": {"metric": "val_loss"}}, "needs train.val_every of the proxy"),

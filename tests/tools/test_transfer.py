@@ -320,10 +320,10 @@ def test_each_scheduler_gets_its_scripts(scheduler: str, scripts: list[str], tra
 
 
 def test_a_folder_that_could_not_be_finished_is_not_there(tmp_path: Path) -> None:
-    from mpdit_tools.transfer.main import _new_folder
+    from mpdit_tools.new_folder import new_folder
 
     def interrupted() -> None:
-        with _new_folder(tmp_path / "out") as folder:
+        with new_folder(tmp_path / "out") as folder:
             (folder / "config.yaml").write_text("half of it")
             raise KeyboardInterrupt
 

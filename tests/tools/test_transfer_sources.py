@@ -149,6 +149,18 @@ def test_a_sweep_gives_its_best_and_what_it_cost(transfer: Transfers) -> None:
 
 
 @pytest.mark.dist
+def test_a_sweep_that_is_not_over_is_told(transfer: Transfers) -> None:
+    """Its REPORT.md comes last."""
+    folder = sweep(transfer.folder / "sweep", *GRID, best=BEST)
+    _, report, error = transfer(source=folder)
+    assert "the sweep is not over" in error
+    assert "the sweep is not over" in report
+    (folder / "REPORT.md").touch()
+    _, report, error = transfer(source=folder)
+    assert "not over" not in error + report
+
+
+@pytest.mark.dist
 def test_a_learning_rate_at_an_edge_is_refused_and_may_be_allowed(transfer: Transfers) -> None:
     tried = sweep(transfer.folder / "sweep", *GRID, best={"optim": {"lr": 4e-3}})
     said = transfer.refused(source=tried)

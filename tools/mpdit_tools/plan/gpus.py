@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from mpdit.config import Config
 from mpdit.errors import InputError
 from mpdit_tools.plan.record import Work
 
@@ -76,6 +77,16 @@ class Machine:
     efficiency: Efficiency
     gpus_per_node: int
     precision: str  # bf16 | fp32
+
+    @classmethod
+    def of(cls, gpu: str, config: Config, gpus_per_node: int = 8, calibration: Path | None = None) -> "Machine":
+        """`gpu` is a name of GPUS. Raises InputError for a bad file of measured efficiencies."""
+        return cls(
+            gpu=GPUS[gpu],
+            efficiency=calibrated(calibration),
+            gpus_per_node=gpus_per_node,
+            precision=config.parallel.precision,
+        )
 
     @property
     def peak_flops_s(self) -> float:

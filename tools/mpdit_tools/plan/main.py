@@ -9,7 +9,7 @@ import tyro
 
 from mpdit.config import Config
 from mpdit_tools.mup_table import with_vocabulary
-from mpdit_tools.plan.gpus import GPUS, Machine, calibrated
+from mpdit_tools.plan.gpus import Machine
 from mpdit_tools.plan.resolve import load, of
 
 if TYPE_CHECKING:
@@ -48,12 +48,7 @@ def main(argv: list[str]) -> int:
     """0 if the plan fits the GPU's memory, 1 if it does not. Raises InputError for a layout that can't be."""
     arguments = tyro.cli(Arguments, args=argv, prog="mpdit plan")
     config, note = with_vocabulary(load(arguments.config, arguments.overrides))
-    machine = Machine(
-        gpu=GPUS[arguments.gpu],
-        efficiency=calibrated(arguments.calibration),
-        gpus_per_node=arguments.gpus_per_node,
-        precision=config.parallel.precision,
-    )
+    machine = Machine.of(arguments.gpu, config, arguments.gpus_per_node, arguments.calibration)
     from mpdit.parallel import accel
 
     accel.enter()

@@ -119,9 +119,11 @@ def _span(values: tuple[int, ...]) -> str:
 
 
 def _si(number: float) -> str:
-    """For example 13.84 T, to be followed by a unit."""
-    power = max((p for p in (0, 3, 6, 9, 12, 15, 18) if number >= 10**p), default=0)
-    return f"{number / 10**power:,.4g} {'_kMGTPE'[power // 3].strip('_')}"
+    """For example "13.84 T", to be followed by a unit."""
+    for prefix, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.4g} {prefix}"
+    return f"{number:.4g} "
 
 
 def _time(seconds: float) -> str:

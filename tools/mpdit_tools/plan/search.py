@@ -58,8 +58,8 @@ def rank(config: Config, gpus: int, machine: Machine) -> list[Candidate]:
         whole = alone.get(micro_batch) or alone.setdefault(micro_batch, pieces.measure_whole(asked))
         found += [_candidate(config, p, parts, whole, gpus, machine) for p in _deeper(config, width, gpus)]
     if not found:
-        batch = f"train.batch_size {config.train.batch_size} is no multiple of any number of data-parallel ranks"
-        why = refused[0].reason if refused else f"{batch}; a multiple of {gpus} would be."
+        batch = f"train.batch_size {config.train.batch_size} does not divide by the data-parallel ranks that any leaves"
+        why = refused[0].reason if refused else f"{batch}; a multiple of {gpus} does."
         raise InputError(f"no layout of {gpus} GPUs works: {why}")
     ordered = sorted(found, key=lambda one: (not one.fits, one.plan.step_s if one.plan else 0.0))
     return [*ordered, *refused]

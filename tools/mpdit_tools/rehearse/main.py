@@ -153,12 +153,10 @@ class Rehearsal:
     def _memory(self, config: Config) -> str:
         from mpdit_tools.mup_table import with_vocabulary
         from mpdit_tools.plan import report
-        from mpdit_tools.plan.gpus import GPUS, Efficiency, Machine
+        from mpdit_tools.plan.gpus import Machine
         from mpdit_tools.plan.resolve import of
 
-        machine = Machine(
-            gpu=GPUS[self.gpu], efficiency=Efficiency(), gpus_per_node=8, precision=config.parallel.precision
-        )
+        machine = Machine.of(self.gpu, config)
         plan, _ = of(with_vocabulary(config)[0], self.gpus, machine)
         most, has = plan.memory[plan.fullest].peak / 1e9, machine.gpu.memory_bytes / 1e9
         said = f"stage {plan.fullest} needs {most:.1f} GB of an {self.gpu.upper()}'s {has:.0f}"

@@ -1,15 +1,17 @@
 """The folder of a sweep: spec.yaml, proxy.yaml, optuna.db, trials/0007/; made whole, and gone on in."""
 
+import contextlib
 import dataclasses
+import fcntl
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 from mpdit import config as configs
 from mpdit.errors import InputError
+from mpdit_tools.new_folder import new_folder
 from mpdit_tools.sweep import space, spec
 from mpdit_tools.sweep.space import Factors, Range
 from mpdit_tools.sweep.spec import Spec
@@ -43,17 +45,23 @@ def enter(folder: Path, given: Spec) -> None:
 
 
 def _make(folder: Path, given: Spec) -> None:
-    """Whole or not at all; of two commands started at once one comes first."""
-    made = folder.with_name(f".{folder.name}.{os.getpid()}")
+    """Of two commands started at once one comes first."""
     try:
-        (made / TRIALS).mkdir(parents=True)
-        (made / SPEC).write_text(spec.dump(given), encoding="utf-8")
-        made.rename(folder)
-    except OSError as error:
-        shutil.rmtree(made, ignore_errors=True)
+        with new_folder(folder) as made:
+            (made / TRIALS).mkdir()
+            (made / SPEC).write_text(spec.dump(given), encoding="utf-8")
+    except InputError:
         if not _is_sweep(folder):
-            raise InputError(f"--out {folder}: can't be made: {error.strerror or error}.") from error
+            raise
         spec.same(open_spec(folder), given, folder)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """For one process at a time; the lock goes with the process that holds it, however that ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write(path: Path, make: Callable[[Path], object]) -> Path:

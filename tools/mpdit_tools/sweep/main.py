@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import signal
 import time
@@ -156,8 +155,7 @@ def _parent_run(given: Spec, where: Path, screen: "Screen") -> Iterator[tuple["T
 
     params = {key: str(value) for key, value in spec.fixed(given).items()}
     tags = {"mpdit.kind": "sweep", "mpdit.fingerprint": spec.fingerprint(given)}
-    with (where / ".mlflow.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two workers, one parent
+    with folder.locked(where / ".mlflow.lock"):  # two workers, one parent
         tracker = Tracker(where, uri=uri, experiment=given.proxy.run.experiment, params=params, tags=tags, warn=warn)
         deadline = time.monotonic() + _MLFLOW_ANSWERS_S
         while tracker.run_id is None and not off and time.monotonic() < deadline:
@@ -176,7 +174,8 @@ def _slots(workers: int, ranks: int) -> "list[Slot]":
 
     threads, devices = max(1, cores() // workers), visible_devices()
     if devices and ranks > len(devices):
-        raise InputError(f"ranks is {ranks}, but there are {len(devices)} GPUs; give at most as many.")
+        there = "there is 1 GPU" if len(devices) == 1 else f"there are {len(devices)} GPUs"
+        raise InputError(f"ranks is {ranks}, but {there}; give at most as many.")
     mine = [[devices[(w * ranks + k) % len(devices)] for k in range(ranks)] if devices else [] for w in range(workers)]
     return [Slot(threads=threads, devices=tuple(own) if workers > 1 else ()) for own in mine]
 

@@ -1,16 +1,15 @@
 """What a sweep searches: dotted config keys, each with a range, a list of values, or factors of a value."""
 
 import dataclasses
-import difflib
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mpdit import config as configs
-from mpdit.config import Config
+from mpdit.config import Config, suggestion
 from mpdit.errors import InputError
 
 Params = dict[str, Any]  # dotted config key: value
@@ -145,13 +144,7 @@ def filled(config: Config, params: Mapping[str, Any], where: str) -> Config:
     """`config` with dotted keys set. Raises InputError for an unknown key or a value of the wrong type."""
     tree = configs.to_dict(config)
     for key, value in params.items():
-        *sections, last = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise InputError(f"{where}: unknown key {key}: {section} is a value, not a section.")
-        place[last] = value
+        configs.put(tree, key, value, f"{where}: unknown key {key}")
     return configs.from_dict(tree, where)
 
 
@@ -190,12 +183,6 @@ def _power(value: Any) -> Any:
         return float(found[1]) ** float(found[2]) if found else value
     except ArithmeticError:
         raise InputError(f"{value.strip()} is no finite number; give a smaller power.") from None
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence on an unknown word, as the config's own."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
 def number(value: Any) -> str:

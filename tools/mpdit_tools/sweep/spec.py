@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from mpdit import config as configs
-from mpdit.config import Config
+from mpdit.config import Config, flat, suggestion
 from mpdit.errors import InputError
 from mpdit.train.tracking import redact_uri
 from mpdit_tools.sweep import space
@@ -49,11 +47,9 @@ class Confirm:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Spec:
-    """A sweep. ``proxy`` and ``axes`` come from the keys "proxy" and "search" of the file."""
+class _Keys:
+    """Keys of the file that are fields as they stand."""
 
-    proxy: Config
-    axes: tuple[Axis, ...]
     mode: Mode
     trials: int | None = None  # training runs of the search; None: all that grid and coordinate ask for
     seeds: tuple[int, ...] = (0,)  # train.seed of the runs of each setting; several are paired over settings
@@ -66,6 +62,14 @@ class Spec:
     diverged_above: float | None = None  # a value above it counts as diverged; None: 1.25 x the run's first loss
     ranks: int = 1  # processes a trial, by torchrun on this machine
     keep_checkpoints: bool = False  # of finished trials
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Spec(_Keys):
+    """A sweep. ``proxy`` and ``axes`` come from the keys "proxy" and "search" of the file."""
+
+    proxy: Config
+    axes: tuple[Axis, ...]
 
 
 # Keys of the file that are no fields as they stand, and what may change between two starts of one sweep.
@@ -87,46 +91,36 @@ def load(path: Path, overrides: tuple[str, ...] = (), trials: int | None = None)
 
     Raises InputError, one sentence, for what can be seen without the data: unknown keys, wrong types, bad ranges.
     """
-    tree = _yaml(path)
+    tree = configs.read_yaml(path, "the spec of a sweep")
     if not isinstance(tree, dict):
         raise InputError(f"{path}: should hold keys such as 'proxy:', 'search:' and 'mode:'.")
-    fields = typing.get_type_hints(Spec)
-    known = [*_OWN, *(name for name in fields if name not in ("proxy", "axes"))]
+    known = [*_OWN, *(field.name for field in dataclasses.fields(_Keys))]
     for key in tree:
         if key not in known:
-            raise InputError(f"{path}: unknown key {key}{space.suggestion(str(key), known)}.")
+            raise InputError(f"{path}: unknown key {key}{suggestion(str(key), known)}.")
     for key in ("proxy", "search", "mode"):
         if tree.get(key) is None:
             raise InputError(f"{path}: {key} is missing; a sweep has a proxy, a search space and a mode.")
-    values = {key: _value(fields[key], value, f"{path}: {key}") for key, value in tree.items() if key not in _OWN}
-    if trials is not None:
-        values["trials"] = trials
+    values = {key: value for key, value in tree.items() if key not in _OWN}
+    if isinstance(values.get("prune"), str):
+        values["prune"] = {"kind": values["prune"]}
+    _check_seeds(values, path)
+    given = configs.build(_Keys, {**values, **({} if trials is None else {"trials": trials})}, str(path))
     proxy = _proxy(tree["proxy"], path, overrides)
-    spec = Spec(proxy=proxy, axes=space.read(tree["search"], values["mode"], f"{path}: search"), **values)
+    axes = space.read(tree["search"], given.mode, f"{path}: search")
+    keys = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    spec = Spec(proxy=proxy, axes=axes, **keys)
     _check(spec, str(path))
     return _resolved(spec)
 
 
-def _yaml(path: Path) -> Any:
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        _no_key_twice(node, path)
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read as the spec of a sweep: {error}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from error
-
-
-def _no_key_twice(node: Any, path: Path) -> None:
-    """YAML would silently keep the last of two."""
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise InputError(f"{path}: the key {key!r} stands twice.")
-        for _, value in node.value:
-            _no_key_twice(value, path)
+def _check_seeds(values: Mapping[str, Any], path: Path) -> None:
+    confirm = values.get("confirm")
+    lists = {"seeds": values, "confirm.seeds": confirm if isinstance(confirm, dict) else {}}
+    for name, section in lists.items():
+        seeds = section.get("seeds", [0])
+        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+            raise InputError(f"{path}: {name} should be a list of whole numbers, but is {seeds!r}.")
 
 
 def _proxy(given: Any, path: Path, overrides: tuple[str, ...]) -> Config:
@@ -145,37 +139,6 @@ def _proxy(given: Any, path: Path, overrides: tuple[str, ...]) -> Config:
             "them in MLflow's environment variables, such as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
         )
     return proxy
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type of a field. Raises InputError."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _value(arguments[0], value, where)
-    if dataclasses.is_dataclass(hint):
-        if hint is Prune and isinstance(value, str):
-            value = {"kind": value}
-        hints = typing.get_type_hints(hint)
-        if not isinstance(value, dict):
-            raise InputError(f"{where} should be a section with {', '.join(hints)}, but is {value!r}.")
-        for key in value:
-            if key not in hints:
-                raise InputError(f"{where}: unknown key {key}{space.suggestion(str(key), hints)}.")
-        return hint(**{key: _value(hints[key], item, f"{where}.{key}") for key, item in value.items()})  # type: ignore[operator]
-    if origin is Literal:
-        if value not in arguments:
-            raise InputError(f"{where} is {value!r}{space.suggestion(str(value), arguments)}.")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list) or not value or not all(type(item) is int for item in value):
-            raise InputError(f"{where} should be a list of whole numbers, but is {value!r}.")
-        return tuple(value)
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if type(value) is not hint:
-        raise InputError(f"{where} is {value!r}, but should be {wanted}.")
-    return value
 
 
 def _check(spec: Spec, path: str) -> None:
@@ -247,12 +210,9 @@ def _resolved(spec: Spec) -> Spec:
 
 def dump(spec: Spec) -> str:
     """The spec as YAML that :func:`load` reads back: resolved, with the proxy inside."""
-    tree: dict[str, Any] = {"proxy": configs.to_dict(spec.proxy), "search": dict(map(_search, spec.axes))}
-    for field in dataclasses.fields(spec):
-        value = getattr(spec, field.name)
-        if field.name not in ("proxy", "axes") and value is not None:
-            tree[field.name] = configs.to_dict(value) if dataclasses.is_dataclass(value) else value
-    return yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False, allow_unicode=True)
+    tree = {key: value for key, value in configs.to_dict(spec).items() if key != "axes" and value is not None}
+    tree = {"proxy": tree.pop("proxy"), "search": dict(map(_search, spec.axes)), **tree}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _search(axis: Axis) -> tuple[str, dict[str, Any]]:
@@ -266,13 +226,13 @@ def _search(axis: Axis) -> tuple[str, dict[str, Any]]:
 def fixed(spec: Spec) -> dict[str, Any]:
     """What the trials of one sweep have in common, as dotted keys."""
     tree = yaml.safe_load(dump(spec))
-    proxy = dict(_leaves(tree.pop("proxy")))
+    proxy = flat(tree.pop("proxy"))
     kept = {key: value for key, value in proxy.items() if not key.startswith(tuple(f"{f}." for f in _FREE_OF_PROXY))}
     for key in _FREE_OF_PROXY:
         kept.pop(key, None)
     free = {key: value for key, value in tree.items() if key not in _FREE}
     search = {f"search.{key}": value for key, value in free.pop("search").items()}
-    return {**dict(_leaves(free)), **search, **{f"proxy.{key}": value for key, value in kept.items()}}
+    return {**flat(free), **search, **{f"proxy.{key}": value for key, value in kept.items()}}
 
 
 def fingerprint(spec: Spec) -> str:
@@ -290,13 +250,6 @@ def same(there: Spec, given: Spec, folder: Path) -> None:
                 f"{now.get(key, 'not set')}; only {', '.join(_FREE)}, workers and where data and tracking lie may "
                 "change: set it back, or give another --out."
             )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return found
 
 
 # ---- advice ----------------------------------------------------------------------------------------------------------

@@ -4,11 +4,9 @@ Who takes a trial holds the lock of its folder until it is over. A trial that th
 holds its lock was cut short, by Ctrl-C, SIGKILL or a power cut: it is run again, in the same folder.
 """
 
-import contextlib
 import dataclasses
 import fcntl
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -19,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mpdit.errors import InputError
 from mpdit_tools.sweep import plan
-from mpdit_tools.sweep.folder import TRIALS, Checked
+from mpdit_tools.sweep.folder import TRIALS, Checked, locked
 from mpdit_tools.sweep.plan import DONE, WAIT, Wish
 from mpdit_tools.sweep.results import Record, State, key, settings
 from mpdit_tools.sweep.space import Axis, Factors, Params, Range, of
@@ -63,8 +61,8 @@ class Ledger:
     """Trials of the sweep in `folder`, which exists."""
 
     def __init__(self, folder: Path, spec: Spec, retry_failed: bool = False) -> None:
-        self._folder, self._spec = folder, spec
-        with self._locked():
+        self._folder, self._spec, self._lock = folder, spec, folder / ".lock"  # of decisions: one process at a time
+        with locked(self._lock):
             storage = optuna.storages.RDBStorage(
                 f"sqlite:///{folder.absolute() / 'optuna.db'}", engine_kwargs={"connect_args": {"timeout": 60}}
             )
@@ -79,16 +77,9 @@ class Ledger:
         latest = [record for s in settings(self.records()).values() for record in s.by_seed.values()]
         self._again = [record for record in latest if record.state == "failed"] if retry_failed else []
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """For decisions: one process at a time."""
-        with (self._folder / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     def same_data(self, checked: Checked) -> None:
         """Keep what is known of data and work. Raises InputError if earlier trials had other data."""
-        with self._locked():
+        with locked(self._lock):
             known = self._study.user_attrs.get("data", checked.data)
             if known != checked.data:
                 raise InputError(
@@ -112,7 +103,7 @@ class Ledger:
 
     def claim(self) -> Claim | Literal["wait", "done"]:
         """The next trial for this process; "wait" while it depends on ones that run, "done" when there is none."""
-        with self._locked():
+        with locked(self._lock):
             return self._cut_short() or self._next()
 
     def _cut_short(self) -> Claim | None:

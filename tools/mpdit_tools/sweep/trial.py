@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from mpdit.config import suggestion
 from mpdit.errors import InputError
 from mpdit.train.metrics import read_metrics
 from mpdit.train.tracking import redact_uri
 from mpdit_tools.sweep import leash
 from mpdit_tools.sweep.results import State
-from mpdit_tools.sweep.space import Params, suggestion
+from mpdit_tools.sweep.space import Params
 from mpdit_tools.sweep.spec import Prune, Spec
 from mpdit_tools.sweep.study import Outcome
 
@@ -46,13 +47,13 @@ class Slot:
         return kept
 
 
-def visible_devices() -> list[str]:
+def visible_devices(dev: Path = Path("/dev")) -> list[str]:
     """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them; none on a machine without."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name.strip()]
     # CUDA counts from 0 whatever numbers the devices have, as in a container that was given some of a machine's.
-    return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+    return [str(number) for number, _ in enumerate(dev.glob("nvidia[0-9]*"))]
 
 
 class Child:

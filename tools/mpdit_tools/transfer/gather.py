@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mpdit.config import Config
+from mpdit.config import Config, flat
 from mpdit.errors import InputError
-from mpdit.mup.transferable import flat
 from mpdit_tools import mup_table
 from mpdit_tools.plan import report as plan_report
 from mpdit_tools.plan import resolve
-from mpdit_tools.plan.gpus import GPUS, Efficiency, Machine
+from mpdit_tools.plan.gpus import Machine
 from mpdit_tools.transfer import cost, explain, launch, read, report, target, trials
 from mpdit_tools.transfer.arguments import Arguments
 from mpdit_tools.transfer.explain import Pair
@@ -27,9 +26,12 @@ def gather(arguments: Arguments) -> Facts:
     goal = target.target_of(asked, proxy, arguments.out, completedp=arguments.completedp)
     machines = launch.machines(arguments.gpus, arguments.gpus_per_node, goal.config.parallel)
     edges = _edges(found, proxy, allowed=arguments.allow_edge)
-    pair, guessed = _pair(arguments, proxy, goal.config)
+    config, guessed = mup_table.with_vocabulary(goal.config)
+    pair = _pair(arguments, proxy, config)
+    if guessed:  # a guess is not written down
+        pair = dataclasses.replace(pair, target=goal.config)
     untrainable = _trainable(asked.name, goal.config, machines.ranks)
-    plan, plan_text, too_big = _plan(arguments, goal.config, machines.ranks)
+    plan, plan_text, too_big = _plan(arguments, config, machines.ranks)
     warnings = (*found.warnings, *unsaid, *edges, *goal.warnings, guessed, untrainable, too_big)
     return Facts(
         source=found,
@@ -60,14 +62,12 @@ def _edges(found: Source, proxy: Config, *, allowed: bool) -> list[str]:
     return [f"{edge}: the true best may lie beyond." for edge in edges]
 
 
-def _pair(arguments: Arguments, proxy: Config, goal: Config) -> tuple[Pair, str]:
-    """Proxy and target with their muP tables, and a sentence where a size had to be guessed."""
+def _pair(arguments: Arguments, proxy: Config, config: Config) -> Pair:
+    """Proxy and target with their muP tables."""
     small, _ = mup_table.with_vocabulary(proxy)
-    large, guessed = mup_table.with_vocabulary(goal)
-    table, proxy_table = mup_table.tables([(f"--to {arguments.to}", large), (f"--from {arguments.source}", small)])
+    table, proxy_table = mup_table.tables([(f"--to {arguments.to}", config), (f"--from {arguments.source}", small)])
     proxy_rules = mup_table.rules_of(table, proxy_table)
-    known = goal if guessed else large  # a guess is not written down
-    return Pair(proxy=small, target=known, table=table, proxy_table=proxy_table, proxy_rules=proxy_rules), guessed
+    return Pair(proxy=small, target=config, table=table, proxy_table=proxy_table, proxy_rules=proxy_rules)
 
 
 def _trainable(name: str, config: Config, ranks: int) -> str:
@@ -88,22 +88,16 @@ def _trainable(name: str, config: Config, ranks: int) -> str:
 
 def _plan(arguments: Arguments, config: Config, ranks: int) -> tuple[Mapping[str, Any], str, str]:
     """plan.json, the same in words, and a sentence if the GPU's memory does not hold it."""
-    gpu = GPUS[arguments.gpu]
-    machine = Machine(
-        gpu=gpu,
-        efficiency=Efficiency(),
-        gpus_per_node=arguments.gpus_per_node,
-        precision=config.parallel.precision,
-    )
-    known, _ = mup_table.with_vocabulary(config)
-    plan, resolved = resolve.of(known, ranks, machine)
-    told = plan_report.as_json(plan, resolved, arguments.gpu, machine)
-    peak = max(one["peak"] for one in told["memory_bytes"])
+    machine = Machine.of(arguments.gpu, config, arguments.gpus_per_node)
+    plan, resolved = resolve.of(config, ranks, machine)
+    peak, has = plan.memory[plan.fullest].peak / 1e9, machine.gpu.memory_bytes / 1e9
     too_big = (
-        f"a GPU would need {peak / 1e9:.1f} GB, but {arguments.gpu} has {gpu.memory_bytes / 1e9:.0f}; `mpdit plan "
-        f"{arguments.out}/config.yaml --search --gpus {ranks}` looks for a layout that fits."
+        f"a GPU would need {peak:.1f} GB, but {arguments.gpu} has {has:.0f}; `mpdit plan {arguments.out}/config.yaml "
+        f"--search --gpus {ranks}` looks for a layout that fits."
     )
-    return told, plan_report.text(plan, resolved, arguments.gpu, machine), "" if told["fits"] else too_big
+    told = plan_report.as_json(plan, resolved, arguments.gpu, machine)
+    text = plan_report.text(plan, resolved, arguments.gpu, machine)
+    return told, text, "" if plan_report.fits(plan, machine) else too_big
 
 
 def _cost(arguments: Arguments, found: Source, pair: Pair, flops_per_image: int) -> cost.Cost | None:

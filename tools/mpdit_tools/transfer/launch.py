@@ -72,15 +72,20 @@ def slurm(given: Machines, what: str, folder: Path) -> str:
 def kubeflow(given: Machines, what: str, folder: Path, image: str, claim: str) -> str:
     """launch.yaml: a PyTorchJob of Kubeflow's training operator; `folder` is as seen from the volume `claim`."""
     inside = folder.name if folder.is_absolute() else folder.as_posix()
-    texts = {"config": f"{inside}/config.yaml", "run_dir": f"run.dir={inside}/run", "image": image, "claim": claim}
-    quoted = {key: json.dumps(text) for key, text in texts.items()}
-    return _fill(_KUBEFLOW, given, what, name=_job(folder.name), **quoted)
+    texts = {
+        "name": _job(folder.name),
+        "config": f"{inside}/config.yaml",
+        "run_dir": f"run.dir={inside}/run",
+        "image": image,
+        "claim": claim,
+    }
+    return _fill(_KUBEFLOW, given, what, **{key: json.dumps(text) for key, text in texts.items()})
 
 
 def _job(name: str) -> str:
     """A name that Slurm and Kubernetes take: small letters, digits and dashes, a letter first."""
     kept = re.sub(r"[^a-z0-9]+", "-", name.lower())[:40].strip("-")
-    return kept if re.match(r"[a-z](?!o$|es$|n$|ff$)", kept) else f"mpdit-{kept}".rstrip("-")
+    return kept if kept[:1].isalpha() else f"mpdit-{kept}".rstrip("-")
 
 
 def _fill(template: str, given: Machines, what: str, **more: str) -> str:
@@ -96,7 +101,23 @@ def _fill(template: str, given: Machines, what: str, **more: str) -> str:
     )
 
 
-_TORCHRUN = """\
+_COMMAND = """\
+# Ranks of a second try would meet by what the first one left in a store they share (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+command=(
+    torchrun
+    --nnodes="$nodes"
+    --nproc-per-node="${NPROC_PER_NODE:-%per_node}"
+    --rdzv-backend=c10d
+    --rdzv-endpoint="$endpoint"
+    --rdzv-id="$id"
+    --max-restarts="${MAX_RESTARTS:-%restarts}"
+    -m mpdit train "$folder/config.yaml" "$@"
+)
+"""
+
+_TORCHRUN = (
+    """\
 #!/usr/bin/env bash
 # %what.
 #
@@ -115,20 +136,17 @@ if [ "$nodes" = 1 ]; then
 else
     endpoint=${RDZV_ENDPOINT:?is not set: give HOST:%port, the same on all $nodes nodes}
 fi
+id=${RDZV_ID:-mpdit}
 
-# Ranks of a second try would meet by what the first one left in a store they share (pytorch issue 135712).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec torchrun \\
-    --nnodes="$nodes" \\
-    --nproc-per-node="${NPROC_PER_NODE:-%per_node}" \\
-    --rdzv-backend=c10d \\
-    --rdzv-endpoint="$endpoint" \\
-    --rdzv-id="${RDZV_ID:-mpdit}" \\
-    --max-restarts="${MAX_RESTARTS:-%restarts}" \\
-    -m mpdit train "$folder/config.yaml" "$@"
 """
+    + _COMMAND
+    + """\
+exec "${command[@]}"
+"""
+)
 
-_SLURM = """\
+_SLURM = (
+    """\
 #!/usr/bin/env bash
 # %what.
 #
@@ -151,7 +169,9 @@ set -euo pipefail
 script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
 folder=$(cd "$(dirname "${script%%%%.sbatch*}")" && pwd)
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+nodes=$SLURM_JOB_NUM_NODES
 endpoint=${RDZV_ENDPOINT:-$host:$((20000 + SLURM_JOB_ID %% 10000))}
+id=$SLURM_JOB_ID
 
 again() {
     trap '' USR1
@@ -161,16 +181,10 @@ again() {
 }
 trap 'again "the time is nearly up"' USR1
 
-# Ranks of a second try would meet by what the first one left in a store they share (pytorch issue 135712).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-srun --kill-on-bad-exit=1 --cpu-bind=none torchrun \\
-    --nnodes="$SLURM_JOB_NUM_NODES" \\
-    --nproc-per-node="${NPROC_PER_NODE:-%per_node}" \\
-    --rdzv-backend=c10d \\
-    --rdzv-endpoint="$endpoint" \\
-    --rdzv-id="$SLURM_JOB_ID" \\
-    --max-restarts="${MAX_RESTARTS:-%restarts}" \\
-    -m mpdit train "$folder/config.yaml" "$@" &
+"""
+    + _COMMAND
+    + """\
+srun --kill-on-bad-exit=1 --cpu-bind=none "${command[@]}" &
 code=0
 wait $! || code=$? # in the background, so that the signal is heard at once
 if [ "$code" -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt %requeues ]; then
@@ -178,6 +192,7 @@ if [ "$code" -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt %requeues ]; then
 fi
 exit "$code"
 """
+)
 
 _KUBEFLOW = """\
 # %what.

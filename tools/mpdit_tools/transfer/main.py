@@ -1,11 +1,7 @@
 """``mpdit transfer --from PROXY --to TARGET --out FOLDER``: a launch folder for the target, with the reasons."""
 
-import contextlib
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +9,7 @@ import tyro
 
 from mpdit import config as configs
 from mpdit.errors import InputError
+from mpdit_tools.new_folder import new_folder
 from mpdit_tools.transfer.arguments import Arguments
 
 if TYPE_CHECKING:
@@ -30,7 +27,7 @@ def main(argv: list[str]) -> int:
     from mpdit_tools.transfer.gather import as_json, gather
 
     facts = gather(arguments)
-    with _new_folder(arguments.out) as folder:
+    with new_folder(arguments.out) as folder:
         for name, text in files(arguments, facts).items():
             (folder / name).write_text(text, encoding="utf-8")
     for warning in facts.warnings:
@@ -62,27 +59,9 @@ def files(arguments: Arguments, facts: "Facts") -> dict[str, str]:
     return found
 
 
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
 def _check_free(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"--out {out}: is there already; name a folder that does not exist, or is empty.")
-
-
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, which becomes `out` when all went well and leaves nothing when not."""
-    out = out.absolute()
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        raise InputError(f"--out {out}: can't be written to ({error.strerror}); name another folder.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # ---- what is said ----------------------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mpdit.config import Config
+from mpdit.config import Config, flat
 from mpdit.mup import rules
 from mpdit.mup.table import Table
-from mpdit.mup.transferable import flat
 from mpdit_tools import mup_table
 from mpdit_tools.transfer import cost, explain
 from mpdit_tools.transfer.cost import Cost

@@ -4,8 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mpdit import config as configs
 from mpdit_tools.transfer.trials import Trial
 
@@ -25,7 +23,6 @@ class Source:
 
 def tree_of(path: Path) -> Tree:
     """The sections and keys that a config (YAML) or run folder names. Raises InputError as mpdit.config.load does."""
-    configs.load(path)
-    file = path / "config.yaml" if path.is_dir() else path
-    tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    tree = configs.read(path)
+    configs.from_dict(tree, str(path))
     return {section: values or {} for section, values in tree.items()}

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mpdit import config as configs
-from mpdit.config import Config
+from mpdit.config import Config, flat
 from mpdit.errors import InputError
-from mpdit.mup.transferable import flat, same_shares, transfer_from
+from mpdit.mup.transferable import same_shares, transfer_from
 from mpdit.presets import PRESETS
 from mpdit.train.tracking import redact_uri
 from mpdit_tools.transfer.source import Source, Tree, tree_of
@@ -56,20 +56,13 @@ def asked(to: str, overrides: Sequence[str]) -> Asked:
     for assignment in overrides:
         configs.override(tree, assignment)
     config = configs.from_dict(tree, f"--to {to}")
-    given = {f"{prefix}{key}" for prefix, key in _leaves(tree)}
+    given = {*flat(tree)}
     if config.model.preset:
         given |= {f"model.{key}" for key in PRESETS[config.model.preset]}
     overridden = {assignment.partition("=")[0].removeprefix("--") for assignment in overrides}
     for key in filter(_is_size, sorted(overridden)):
         raise InputError(f"{key}: is a size of the proxy, which --from says; leave it out.")
     return Asked(name=to, config=config, given=frozenset(given), overridden=frozenset(overridden))
-
-
-def _leaves(tree: Tree, prefix: str = "") -> list[tuple[str, str]]:
-    found = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix, key)]
-    return found
 
 
 def proxy_of(source: Source, to: Asked) -> tuple[Config, tuple[str, ...]]:
@@ -115,9 +108,9 @@ def target_of(to: Asked, proxy: Config, out: Path, *, completedp: bool) -> Targe
     if not (values["model.vocab_size"] or values["model.text_dim"]):
         values["model.vocab_size"] = proxy.model.vocab_size
     warnings = _run(values, to, out)
-    config = _config(values, to.name)
+    config = configs.from_dict(configs.nested(values), f"--to {to.name}")
     shares = {key: share for key, share in same_shares(proxy, config).items() if key not in to.overridden}
-    config = _config(values | shares, to.name)
+    config = configs.from_dict(configs.nested(values | shares), f"--to {to.name}")
     _no_narrower(config, proxy)
     chosen = tuple(key for key in OPEN if key in to.overridden and own[key] != before[key])
     try:
@@ -155,17 +148,6 @@ def _run(values: dict[str, Any], to: Asked, out: Path) -> tuple[str, ...]:
         f"run.mlflow_uri {redact_uri(uri)}: holds credentials, which are not written down; give the address without "
         "them and the rest in MLflow's own environment variables.",
     )
-
-
-def _config(values: dict[str, Any], name: str) -> Config:
-    tree: Tree = {}
-    for dotted, value in values.items():
-        *sections, last = dotted.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = value
-    return configs.from_dict(tree, f"--to {name}")
 
 
 def _no_narrower(config: Config, proxy: Config) -> None:

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from mpdit import config as configs
 from mpdit.config import Config
 from mpdit.errors import InputError
-from mpdit.mup.transferable import flat
 from mpdit.train.tracking import redact_uri
 from mpdit_tools.transfer import trials
 from mpdit_tools.transfer.source import Source, Tree
@@ -146,20 +146,13 @@ def _params(run: Any) -> dict[str, str]:
 
 def _tree(params: Mapping[str, str], name: str) -> Tree:
     """Sections out of dotted keys. Raises InputError where no key is one of mpdit's."""
-    tree: Tree = {}
-    for dotted, text in params.items():
-        if dotted.startswith(_SECTIONS):
-            *sections, last = dotted.split(".")
-            place = tree
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[last] = _value(dotted, text)
+    tree = configs.nested({key: _value(key, text) for key, text in params.items() if key.startswith(_SECTIONS)})
     if not tree:
         raise InputError(f"--from {name}: has no params such as optim.lr; give a run that mpdit trained.")
     return tree
 
 
-_DEFAULTS = flat(Config())
+_DEFAULTS = configs.flat(Config())
 
 
 def _value(key: str, text: str) -> Any:
