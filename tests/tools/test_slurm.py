@@ -90,17 +90,31 @@ class Cluster:
         return "JobState=COMPLETED" in self.run("scontrol", "show", "job", job)
 
     def go_on(self, job: str) -> None:
-        """A job that was put back waits for two minutes on its own."""
+        """A job that was put back waits for two minutes on its own, until all of its first try is gone for certain."""
         wait(lambda: "PENDING" in self.state(job), 120)
+        wait(lambda: not _step_daemons(), 120)  # or Slurm 22.05 loses a node of the second try
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
         wait(lambda: self.completed(job), 400)
 
     def close(self) -> None:
         self.run("scancel", "--user=root")
-        for daemon in self.daemons.values():
+        for daemon in reversed(self.daemons.values()):  # a node that misses its controller would wait for it
             daemon.terminate()
-            daemon.wait()
+            try:
+                daemon.wait(30)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
         self._log.close()
+
+
+def _step_daemons() -> list[Path]:
+    """What Slurm runs batch scripts and steps under."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "comm").read_text().strip() == "slurmstepd":
+                found.append(path)
+    return found
 
 
 def _tasks_of(name: str) -> list[int]:
