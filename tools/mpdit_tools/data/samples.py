@@ -2,14 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+LONGEST = 4  # times as long as wide, or the other way; pictures kept in their shape are cut to this
+Aspect = Literal["square", "keep"]  # all pictures square, or each in its own ratio of width to height
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One picture, ready to be written."""
 
-    png: bytes  # RGB or gray, square, ``size`` pixels a side
+    png: bytes  # RGB or gray
+    height: int  # of the picture in ``png``, in pixels
+    width: int
     caption: str
     concept: str  # without classes, what is split between train and val: samples of one never end up in both
     meta: dict[str, Any]  # the JSON beside the picture
@@ -17,6 +22,7 @@ class Sample:
     source: str  # a `Provenance.name`
     style: str = ""
     licence: str = "unknown"
+    cut: bool = False  # for being too long for its width, or too wide for its height
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +32,7 @@ class Drop:
     origin: str
     reason: str  # counted in the manifest: a short phrase out of a small set
     detail: str = ""  # what the decoder said; only in dropped.jsonl
+    harmless: bool = False  # nothing is wrong with it: such as a copy of another
 
     def render(self) -> "Drop":
         return self
@@ -51,7 +58,8 @@ class Source(Protocol):
     """A set of pictures that can be built."""
 
     name: str
-    size: int  # pixels a side
+    size: int  # pixels a side, or of a square of about the same area
+    aspect: Aspect
     repeats: bool  # whether one picture may appear under several captions
 
     def arguments(self) -> Mapping[str, Any]:
