@@ -117,6 +117,7 @@ class Data:
     text: Literal["sentencepiece", "labels"] = "sentencepiece"  # labels: a caption is the name of a class
     caption_drop: float = 0.1  # share of captions replaced by the empty one, for guidance
     mirror: bool = False  # flip half of the images left to right
+    buckets: tuple[tuple[int, ...], ...] = ()  # [height, width] pixels; empty: the square of model.image_size
     workers: int = 1  # DALI threads a rank
 
 
