@@ -73,6 +73,8 @@ def header_fault(encoded: bytes, height_width: tuple[int, int]) -> str | None:
 
 def damaged(encoded: Sequence[bytes], channels: int, device: torch.device | str | None = None) -> list[int]:
     """The numbers of the images that can't be decoded, found by halving."""
+    if not encoded:
+        return []
     decoder = Decoder(
         lambda: inputs(encoded, (1, 1), np.zeros(len(encoded), bool)), len(encoded), channels, 1, device, 1
     )

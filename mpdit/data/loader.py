@@ -72,8 +72,8 @@ class Loader:
         start_step: int = 0,
         prefetch: int = 2,
     ) -> None:
-        """`mirror`: which images to flip left to right; `device`: a CUDA device decodes there; `prefetch`: micro-batches
-        decoded ahead.
+        """`mirror`: which images to flip left to right; `device`: a CUDA device decodes there; `prefetch`: how many
+        micro-batches are decoded ahead.
 
         Raises InputError when `plan` does not divide over the ranks or for `channels` other than 1 (gray) and 3 (RGB),
         ValueError when it is not a plan of these shards.
@@ -188,11 +188,12 @@ class Loader:
 
         False when every image is fine by itself.
         """
-        images = {sample: self._read(sample) for pending in self._pending for sample in pending.read_ids}
-        samples, encoded = zip(*((sample, found[0]) for sample, found in images.items() if found), strict=True)
-        for number in decode.damaged(encoded, self._channels, self._device):
-            self._note(samples[number], self._shards.where(samples[number]), "image can't be decoded")
-        if not any(sample in self._bad for sample in images):
+        samples = list({sample: None for pending in self._pending for sample in pending.read_ids})
+        readable = [(sample, found[0]) for sample in samples if (found := self._read(sample)) is not None]
+        for number in decode.damaged([encoded for _, encoded in readable], self._channels, self._device):
+            sample, _ = readable[number]
+            self._note(sample, self._shards.where(sample), "image can't be decoded")
+        if self._bad.keys().isdisjoint(samples):
             return False
         again = [(pending.step, pending.batch) for pending in self._pending]
         self._positions = itertools.chain(again, self._positions)

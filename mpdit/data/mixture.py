@@ -70,9 +70,10 @@ class Mixture:
     def plan(self, config: Config) -> Plan:
         """The order in which a run of `config` goes through the samples."""
         shapes = buckets.of_config(config)
+        bucket_N = buckets.nearest_bucket(self.sizes, shapes)
         return Plan(
             shapes=shapes,
-            rows=rows(buckets.nearest_bucket(self.sizes, shapes), [len(part) for part in self.sets], config.data.weights),
+            rows=rows(bucket_N, [len(part) for part in self.sets], config.data.weights),
             batch_size=config.train.batch_size,
             seed=config.train.seed,
             fingerprint=self.fingerprint,
@@ -95,4 +96,4 @@ def check(data: Data) -> None:
         )
     for number, weight in enumerate(data.weights):
         if not (weight > 0 and math.isfinite(weight)):
-            raise InputError(f"data.weights[{number}] is {weight}, but should be more than 0: leave the set out instead.")
+            raise InputError(f"data.weights[{number}] is {weight}, but should be more than 0, or the set left out.")

@@ -10,6 +10,7 @@ Shapes: B images of the global batch, b images of a micro-batch, N samples.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -60,8 +61,8 @@ class Plan:
         seed: int,
         fingerprint: str,
     ) -> None:
-        """`shapes`: height and width in pixels of each bucket; `rows`: as :func:`rows` makes them; `batch_size`: global;
-        `fingerprint`: of the data, e.g. Shards.fingerprint.
+        """`shapes`: height and width in pixels of each bucket; `rows`: as :func:`rows` makes them; `batch_size`:
+        global; `fingerprint`: of the data, e.g. Shards.fingerprint.
 
         Raises ValueError without a sample, for a size below 1 or a seed that is no unsigned 64-bit number.
         """
@@ -79,8 +80,9 @@ class Plan:
     def hash(self) -> str:
         """SHA-256 in hex over everything that the order depends on. (hash, step) is the position in the data."""
         inputs: list[object] = [VERSION, self.samples, self.batch_size, self.seed, self.fingerprint]
-        if [*self._rows] != [0] or [row.set for row in self._rows[0]] != [0]:
-            inputs += [[row.bucket, row.set, row.weight, _hash_ids(row)] for part in self._rows.values() for row in part]
+        rows = [row for part in self._rows.values() for row in part]
+        if [(row.bucket, row.set) for row in rows] != [(0, 0)]:
+            inputs += [[row.bucket, row.set, row.weight, _hash_ids(row)] for row in rows]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def epoch(self, step: int) -> float:
@@ -182,7 +184,7 @@ def rows(bucket_N: np.ndarray, sets: Sequence[int], weights: Sequence[float] = (
     """
     parts: list[tuple[int, int, np.ndarray, Fraction]] = []
     ends = np.cumsum([0, *sets]).tolist()
-    for number, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for number, (start, end) in enumerate(itertools.pairwise(ends)):
         each = Fraction(weights[number]) / (end - start) if weights else Fraction(1)  # a sample's weight
         for bucket in np.unique(bucket_N[start:end]).tolist():
             ids = start + np.flatnonzero(bucket_N[start:end] == bucket)

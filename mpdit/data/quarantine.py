@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from mpdit.errors import CheckFailed
+from mpdit.errors import CheckFailed, InputError
 
 FILE = "quarantine.jsonl"
 _SHOWN = 10  # samples in the message, at most
@@ -28,7 +28,10 @@ class Quarantine:
     """
 
     def __init__(self, path: Path, samples: int, max_fraction: float) -> None:
-        """`samples`: how many the run trains on; more than `max_fraction` of them bad are too many."""
+        """`samples`: how many the run trains on; more than `max_fraction` of them bad are too many.
+
+        Raises InputError when the file is there but is something else.
+        """
         self._path, self._samples, self._limit = path, samples, max_fraction
         self._known = {bad.sample: bad for bad in _read(path)}
 
@@ -59,12 +62,14 @@ class Quarantine:
 
 
 def _read(path: Path) -> list[Bad]:
-    """What earlier starts wrote; a last line that was cut off by a kill is dropped, from the file too."""
+    """What earlier starts wrote; a last line that a kill left torn is removed, as its sample will be found again."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1]:
-        with path.open("r+b") as file:
-            file.truncate(path.stat().st_size - len(lines[-1]))
-    rows = [json.loads(line) for line in lines[:-1]]
-    return [Bad(sample=row["sample"], where=row["where"], reason=row["reason"]) for row in rows]
+    *lines, torn = path.read_bytes().split(b"\n")
+    if torn:
+        os.truncate(path, path.stat().st_size - len(torn))
+    try:
+        rows = [json.loads(line) for line in lines]
+        return [Bad(sample=int(row["sample"]), where=str(row["where"]), reason=str(row["reason"])) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no list of damaged samples; move it away, and the run writes another.") from error
