@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from mpdit.data.mixture import Mixture
 from mpdit.data.plan import ROW_ATTEMPTS, Batch, Plan
 from mpdit.data.quarantine import Bad
 from mpdit.data.shards import BadSample, Shards
-from mpdit.errors import CheckFailed
+from mpdit.errors import CheckFailed, InputError
 
 Mirror = Callable[[np.ndarray, np.ndarray], np.ndarray]  # sample ids, visits, both int64 (B,) -> bool (B,)
 
@@ -81,13 +81,11 @@ class Loader:
         if (plan.samples, plan.fingerprint) != (len(shards), shards.fingerprint):
             raise ValueError("the plan is of other shards")
         plan.share(dp_size, micro_batch)
-        self._shards, self._plan, self._mirror = shards, plan, mirror
+        self._reader, self._plan, self._mirror = Reader(shards), plan, mirror
         self._layout = (dp_rank, dp_size, micro_batch)
         self._channels, self._workers, self._device, self._depth = channels, workers, device, max(prefetch, 1) + 1
         self._positions = self._walk(start_step)
         self._pending: collections.deque[_Pending] = collections.deque()
-        self._bad: dict[int, Bad] = {}  # spares a second look; what is read never depends on it
-        self._untold: list[Bad] = []
         self._pid = os.getpid()
         self._decoder = self._start()
 
@@ -114,8 +112,7 @@ class Loader:
 
     def take_bad(self) -> list[Bad]:
         """The bad samples found since the last call, each once; some are of micro-batches still to come."""
-        told, self._untold = self._untold, []
-        return told
+        return self._reader.take_bad()
 
     def close(self) -> None:
         """Stop the threads and free the buffers; may be called twice."""
@@ -153,23 +150,65 @@ class Loader:
         )
         return decode.inputs(encoded, self._plan.shapes[batch.bucket], mirrored_B)
 
-    # ---- bad samples -------------------------------------------------------------------------------------------------
-
     def _good(self, bucket: int, sample: int, visit: int) -> tuple[int, bytes, str]:
         """The sample, or the first of its stand-ins that is not known to be bad: id, encoded image and caption."""
-        if (found := self._read(sample)) is not None:
+        if (found := self._reader.read(sample)) is not None:
             return sample, *found
         for attempt in range(2 * ROW_ATTEMPTS):
             other = self._plan.stand_in(bucket, sample, visit, attempt)
-            if (found := self._read(other)) is not None:
+            if (found := self._reader.read(other)) is not None:
                 return other, *found
-        bad = self._bad[sample]
-        raise CheckFailed(
-            f"{bad.where}: sample {sample} can't be used ({bad.reason}), and none of {2 * ROW_ATTEMPTS} others can "
-            f"stand in for it; {len(self._bad)} bad samples were met. Repair the data set."
-        )
+        raise CheckFailed(self._reader.despair(sample, f"none of {2 * ROW_ATTEMPTS} others"))
 
-    def _read(self, sample: int) -> tuple[bytes, str] | None:
+    def _set_aside(self) -> bool:
+        """Find the images that made DALI give up, and feed it once more, without them; False if every image is fine."""
+        samples = [sample for pending in self._pending for sample in pending.read_ids]
+        if not self._reader.set_aside(samples, self._channels, self._device):
+            return False
+        again = [(pending.step, pending.batch) for pending in self._pending]
+        self._positions = itertools.chain(again, self._positions)
+        self._pending.clear()
+        self._decoder.close()
+        self._decoder = self._start()
+        return True
+
+
+def fixed(
+    shards: Shards | Mixture,
+    samples: Sequence[int],
+    height_width: tuple[int, int],
+    *,
+    channels: int = 3,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, list[str], list[Bad]]:
+    """Images and captions of certain samples, as :class:`Loader` decodes them, and the bad ones that were met.
+
+    In the place of a bad sample comes the next good one of the set: the same whenever and wherever it is asked.
+    Raises CheckFailed when there is none.
+    """
+    reader = Reader(shards)
+    while True:
+        good = [reader.next_good(sample) for sample in samples]
+        encoded = [image for _, image, _ in good]
+        try:
+            images_BCHW = decode.decode(encoded, *height_width, channels=channels, device=device)
+        except InputError:
+            if not reader.set_aside([sample for sample, _, _ in good], channels, device):
+                raise
+        else:
+            return images_BCHW, [caption for *_, caption in good], reader.take_bad()
+
+
+class Reader:
+    """Reads samples and keeps account of the bad ones. It spares a second look: what is good never depends on it."""
+
+    def __init__(self, shards: Shards | Mixture) -> None:
+        self._shards = shards
+        self._bad: dict[int, Bad] = {}
+        self._untold: list[Bad] = []
+
+    def read(self, sample: int) -> tuple[bytes, str] | None:
+        """Encoded image and caption; None for a sample that can't be used."""
         if sample in self._bad:
             return None
         try:
@@ -183,24 +222,34 @@ class Loader:
             return None
         return encoded, caption
 
-    def _set_aside(self) -> bool:
-        """Look for the images that made DALI give up, and feed what it was given once more without them.
+    def next_good(self, sample: int) -> tuple[int, bytes, str]:
+        """The sample or the first after it, and after the last the first, that is not known to be bad."""
+        for other in itertools.chain(range(sample, len(self._shards)), range(sample)):
+            if (found := self.read(other)) is not None:
+                return other, *found
+        raise CheckFailed(self.despair(sample, "no other"))
 
-        False when every image is fine by itself.
-        """
-        samples = list({sample: None for pending in self._pending for sample in pending.read_ids})
-        readable = [(sample, found[0]) for sample in samples if (found := self._read(sample)) is not None]
-        for number in decode.damaged([encoded for _, encoded in readable], self._channels, self._device):
+    def set_aside(self, samples: Iterable[int], channels: int, device: torch.device | str | None) -> bool:
+        """Whether any of these samples is bad, or can't be decoded and from now on is."""
+        samples = list(dict.fromkeys(samples))
+        readable = [(sample, found[0]) for sample in samples if (found := self.read(sample)) is not None]
+        for number in decode.damaged([encoded for _, encoded in readable], channels, device):
             sample, _ = readable[number]
             self._note(sample, self._shards.where(sample), "image can't be decoded")
-        if self._bad.keys().isdisjoint(samples):
-            return False
-        again = [(pending.step, pending.batch) for pending in self._pending]
-        self._positions = itertools.chain(again, self._positions)
-        self._pending.clear()
-        self._decoder.close()
-        self._decoder = self._start()
-        return True
+        return not self._bad.keys().isdisjoint(samples)
+
+    def take_bad(self) -> list[Bad]:
+        """The bad samples found since the last call, each once."""
+        told, self._untold = self._untold, []
+        return told
+
+    def despair(self, sample: int, others: str) -> str:
+        """The sentence for a bad sample that nothing can stand in for."""
+        bad = self._bad[sample]
+        return (
+            f"{bad.where}: sample {sample} can't be used ({bad.reason}), and {others} can stand in for it; "
+            f"{len(self._bad)} bad samples were met. Repair the data set."
+        )
 
     def _note(self, sample: int, where: str, reason: str) -> None:
         self._bad[sample] = Bad(sample=sample, where=where, reason=reason)

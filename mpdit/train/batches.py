@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpdit import objective
 from mpdit.config import Config, Objective
-from mpdit.data.decode import decode
+from mpdit.data import loader
 from mpdit.data.loader import Loader
 from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
@@ -181,9 +181,11 @@ def _fixed_batches(
         if not (groups.is_first_stage() or groups.is_last_stage()):
             yield Batch(size=size)
             continue
-        encoded, captions = zip(*(shards.read(int(i)) for i in ids[part]), strict=True)
-        names = [shards.where(int(i)) for i in ids[part]]
-        images_BCHW = decode(encoded, side, side, channels=config.model.channels, names=names, device=accel.device())
+        images_BCHW, captions, bad = loader.fixed(
+            shards, ids[part].tolist(), (side, side), channels=config.model.channels, device=accel.device()
+        )
+        for sample in bad:
+            print(f"mpdit: {sample.where}: {sample.reason}; validation takes the next sample instead", flush=True)
         visits = np.full(size, draws.VALIDATION_VISIT)
         batch = batch_of(config, tokenizer, images_BCHW, captions, ids[part], visits, drop_captions=False)
         yield dataclasses.replace(batch, weight_B=torch.from_numpy(weight[part]).float().to(accel.device()))

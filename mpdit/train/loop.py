@@ -14,6 +14,7 @@ import torch
 
 from mpdit.config import Config, dump, to_dict
 from mpdit.data import text
+from mpdit.data.loader import Reader
 from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
 from mpdit.errors import CheckFailed, InputError
@@ -265,7 +266,7 @@ class _Run:
     def _draw(self, done: int) -> None:
         config = self.config
         prompts = list(config.sample.prompts) or [
-            self.sets.val.caption(int(i)) for i in batches.validation_samples(self.sets.val, _GRID_PROMPTS)
+            Reader(self.sets.val).next_good(int(i))[2] for i in batches.validation_samples(self.sets.val, _GRID_PROMPTS)
         ]
         images = session.draw(self.run.network, config, prompts, self.sets.tokenizer)
         if self.recorder.first:
