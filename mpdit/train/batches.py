@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mpdit import objective
 from mpdit.config import Config, Objective
-from mpdit.data.decode import Loader, decode
+from mpdit.data import loader
+from mpdit.data.loader import Loader
+from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
-from mpdit.data.shards import Shards
 from mpdit.data.text import Tokenizer
 from mpdit.models import repa
 from mpdit.models.layers import Inputs, patchify
@@ -115,7 +116,7 @@ def with_features(batch: Batch, teacher: Teacher, images_BCHW: Tensor) -> Batch:
 class TrainFeed:
     """This rank's micro-batches, step after step from `start_step`. Threads start here: build it after any fork."""
 
-    def __init__(self, config: Config, shards: Shards, plan: Plan, tokenizer: Tokenizer, start_step: int) -> None:
+    def __init__(self, config: Config, shards: Mixture, plan: Plan, tokenizer: Tokenizer, start_step: int) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.micro_batches = plan.share(groups.data_size(), config.parallel.micro_batch) // config.parallel.micro_batch
         self.teacher = own_teacher(config)
@@ -125,7 +126,6 @@ class TrainFeed:
                 shards,
                 plan,
                 micro_batch=config.parallel.micro_batch,
-                image_size=config.model.image_size,
                 channels=config.model.channels,
                 dp_rank=groups.data_rank(),
                 dp_size=groups.data_size(),
@@ -155,12 +155,12 @@ class TrainFeed:
             self.loader.close()
 
 
-def validation_samples(shards: Shards, count: int) -> np.ndarray:
+def validation_samples(shards: Mixture, count: int) -> np.ndarray:
     """Up to `count` sample ids, spread evenly over the set: the same in every layout."""
     return np.unique(np.linspace(0, len(shards) - 1, min(count, len(shards))).round().astype(np.int64))
 
 
-def validation_batches(config: Config, shards: Shards, tokenizer: Tokenizer) -> list[Batch]:
+def validation_batches(config: Config, shards: Mixture, tokenizer: Tokenizer) -> list[Batch]:
     """This rank's share of the validation set with fixed noise and times; padded with weightless images to divide."""
     ids = validation_samples(shards, config.train.val_images)
     size, ranks = config.parallel.micro_batch, groups.data_size()
@@ -173,7 +173,7 @@ def validation_batches(config: Config, shards: Shards, tokenizer: Tokenizer) -> 
 
 
 def _fixed_batches(
-    config: Config, shards: Shards, tokenizer: Tokenizer, ids: np.ndarray, weight: np.ndarray
+    config: Config, shards: Mixture, tokenizer: Tokenizer, ids: np.ndarray, weight: np.ndarray
 ) -> Iterator[Batch]:
     size, side = config.parallel.micro_batch, config.model.image_size
     for start in range(0, len(ids), size):
@@ -181,9 +181,11 @@ def _fixed_batches(
         if not (groups.is_first_stage() or groups.is_last_stage()):
             yield Batch(size=size)
             continue
-        encoded, captions = zip(*(shards.read(int(i)) for i in ids[part]), strict=True)
-        names = [shards.where(int(i)) for i in ids[part]]
-        images_BCHW = decode(encoded, side, side, channels=config.model.channels, names=names, device=accel.device())
+        images_BCHW, captions, bad = loader.fixed(
+            shards, ids[part].tolist(), (side, side), channels=config.model.channels, device=accel.device()
+        )
+        for sample in bad:
+            print(f"mpdit: {sample.where}: {sample.reason}; validation takes the next sample instead", flush=True)
         visits = np.full(size, draws.VALIDATION_VISIT)
         batch = batch_of(config, tokenizer, images_BCHW, captions, ids[part], visits, drop_captions=False)
         yield dataclasses.replace(batch, weight_B=torch.from_numpy(weight[part]).float().to(accel.device()))
