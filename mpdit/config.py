@@ -156,6 +156,7 @@ class Sample:
     sampler: Literal["auto", "euler", "heun", "ddim", "ddpm"] = "auto"  # auto: euler for flow, ddim for ddpm
     steps: int = 30  # of the sampler; a Heun step asks the network twice
     guidance: float = 3.0  # classifier-free guidance scale; 1: off
+    image_size: tuple[int, ...] = ()  # [height, width] pixels; empty: the square of model.image_size
     seed: int = 0
 
 
@@ -251,10 +252,13 @@ def build(cls: type[T], tree: Any, source: str) -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dicts and lists: what YAML and JSON can hold."""
-    return {
-        key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-        for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 Sizes are (height, width) pairs in pixels; N images.
 """
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from mpdit.config import Config
+from mpdit.errors import InputError
 
 Size = tuple[int, int]
 
@@ -16,6 +19,11 @@ def of_config(config: Config) -> tuple[Size, ...]:
     """``data.buckets``, or the one square of ``model.image_size``."""
     side = config.model.image_size
     return tuple((height, width) for height, width in config.data.buckets) or ((side, side),)
+
+
+def largest(config: Config) -> Size:
+    """Of :func:`of_config` the one with the most pixels: what a step takes the most memory and time for."""
+    return max(of_config(config), key=lambda size: size[0] * size[1])
 
 
 def nearest_bucket(sizes_N2: np.ndarray, buckets: Sequence[Sequence[int]]) -> np.ndarray:
@@ -28,3 +36,17 @@ def nearest_bucket(sizes_N2: np.ndarray, buckets: Sequence[Sequence[int]]) -> np
     tall, wide = sizes[:, :1] * wanted[:, 1], sizes[:, 1:] * wanted[:, 0]
     found: np.ndarray = np.argmin(np.maximum(tall, wide) / np.minimum(tall, wide), axis=1)
     return found
+
+
+_TURNED = {5, 6, 7, 8}  # EXIF orientations that exchange rows and columns, which DALI applies when it decodes
+
+
+def image_size(encoded: bytes, name: str) -> Size:
+    """(height, width) that an encoded image is decoded to, out of its header. Raises InputError, naming it `name`."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112) in _TURNED
+    except Exception as error:  # whatever Pillow says of damaged files
+        raise InputError(f"{name}: is damaged or no image; it should be PNG, JPEG or WebP.") from error
+    return (width, height) if turned else (height, width)
