@@ -173,6 +173,8 @@ def mpdit_one_process(case: Case) -> Contender:
     run, data = session.build(config), case.data()
     batch = batches.Batch(
         size=case.batch,
+        height=side,
+        width=side,
         inputs=Inputs(image_BCHW=data.noisy_BCYX(), time_B=data.t_B, text_BL=data.ids_BL),
         target_SBP={"velocity": patchify(data.target_BCYX(), PATCH)},
     )

@@ -159,6 +159,7 @@ class Sample:
     sampler: Literal["auto", "euler", "heun", "ddim", "ddpm"] = "auto"  # auto: euler for flow, ddim for ddpm
     steps: int = 30  # of the sampler; a Heun step asks the network twice
     guidance: float = 3.0  # classifier-free guidance scale; 1: off
+    image_size: tuple[int, ...] = ()  # [height, width] pixels; empty: the square of model.image_size
     seed: int = 0
 
 

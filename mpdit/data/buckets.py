@@ -18,6 +18,11 @@ def of_config(config: Config) -> tuple[Size, ...]:
     return tuple((height, width) for height, width in config.data.buckets) or ((side, side),)
 
 
+def largest(config: Config) -> Size:
+    """Of :func:`of_config` the one with the most pixels: what a step takes the most memory and time for."""
+    return max(of_config(config), key=lambda size: size[0] * size[1])
+
+
 def nearest_bucket(sizes_N2: np.ndarray, buckets: Sequence[Sequence[int]]) -> np.ndarray:
     """The number [N] of the bucket whose aspect ratio is nearest in its logarithm to each image's; ties: the first.
 

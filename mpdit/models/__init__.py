@@ -9,7 +9,7 @@ from mpdit.models.pixart import PixArt
 from mpdit.models.uvit import UViT
 from mpdit.parallel import stages
 from mpdit.parallel.context import Context
-from mpdit.parallel.stages import Crossing, Parts
+from mpdit.parallel.stages import Crossing, Grid, Parts
 
 ARCHITECTURES: dict[str, Callable[[Context], Parts]] = {"mmdit": MMDiT, "dit": DiT, "pixart": PixArt, "uvit": UViT}
 
@@ -19,6 +19,10 @@ def parts(ctx: Context) -> Parts:
     return ARCHITECTURES[ctx.config.model.arch](ctx)
 
 
-def crossing(ctx: Context) -> Crossing:
-    """The sizes of its packed tensor and its prediction. Raises InputError where tokens don't divide."""
-    return stages.crossing(ctx.config, parts(ctx), out_features(ctx.config.model))
+def crossing(ctx: Context, height: int = 0, width: int = 0, keys: str = "") -> Crossing:
+    """The sizes of its packed tensor and its prediction for images of height x width pixels, by default the square.
+
+    Raises InputError where tokens don't divide; `keys` are the config's that say height and width.
+    """
+    model = ctx.config.model
+    return stages.crossing(ctx.config, parts(ctx), out_features(model), Grid.of(model, height, width, keys))

@@ -21,7 +21,7 @@ from mpdit.models.layers import (
 from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import Modulation, Table
-from mpdit.parallel.stages import Stream
+from mpdit.parallel.stages import Grid, Stream
 from mpdit_kernels.modulate import gated_residual, layer_norm_modulate
 
 
@@ -76,5 +76,5 @@ class DiT:
     def head(self) -> nn.Module:
         return ModulatedHead(self.ctx)
 
-    def streams(self, done: int) -> list[Stream]:
-        return [image_stream(self.ctx.config.model), Stream(name="conditioning", tokens=1, split=False)]
+    def streams(self, done: int, image: Grid) -> list[Stream]:
+        return [image_stream(image), Stream(name="conditioning", tokens=1, split=False)]

@@ -17,7 +17,7 @@ from mpdit.parallel import tokens
 from mpdit.parallel.attention import Attention
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import ColumnLinear, HeadNorm, Modulation, Readout, ReplicatedLinear, RowLinear, Table
-from mpdit.parallel.stages import Stream, image_tokens
+from mpdit.parallel.stages import Grid, Stream
 from mpdit_kernels.modulate import layer_norm_modulate
 
 TIME_FEATURES = 256  # of the sinusoidal timestep embedding, as in DiT and SD3
@@ -48,8 +48,8 @@ def out_features(model: Model) -> int:
     return model.patch**2 * out_channels(model)
 
 
-def image_stream(model: Model) -> Stream:
-    return Stream(name="image", tokens=image_tokens(model))
+def image_stream(image: Grid) -> Stream:
+    return Stream(name="image", tokens=image.tokens, keys=image.keys)
 
 
 def text_stream(model: Model) -> Stream:
@@ -81,10 +81,16 @@ def positions_1d(tokens: int, width: int) -> Tensor:
     return _sin_cos(torch.arange(tokens), width).float()
 
 
-def positions_2d(rows: int, columns: int, width: int) -> Tensor:
-    """Fixed 2-D sin-cos positions [rows * columns, width], fp32: first half x, second half y (as in DiT and MAE)."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.cat([_sin_cos(x.flatten(), width // 2), _sin_cos(y.flatten(), width // 2)], -1).float()
+def axis_positions(count: int, side: int, features: int) -> Tensor:
+    """Sin-cos positions [count, features], fp32, of `count` patches whose middle is that of `side` patches: of those,
+    the first is at 0. So grids of any shape share their centre (Esser et al., arXiv 2403.03206, section 5.3.2)."""
+    return _sin_cos(torch.arange(count) - (count - side) / 2, features).float()
+
+
+def positions_2d(x_CE: Tensor, y_RE: Tensor) -> Tensor:
+    """Fixed 2-D positions [R * C, 2 E] of R rows of C patches out of those of each axis: first half x, second half y
+    (as in DiT and MAE)."""
+    return torch.cat([x_CE.repeat(len(y_RE), 1), y_RE.repeat_interleave(len(x_CE), 0)], -1)
 
 
 def time_features(time_B: Tensor, features: int = TIME_FEATURES) -> Tensor:
@@ -115,21 +121,27 @@ def text_embedder(ctx: Context) -> nn.Module:
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, C, H, W] -> this context rank's tokens [S, B, D], with fixed sin-cos positions."""
-
-    positions_SD: Tensor
+    """Images [B, C, H, W] of any shape -> this context rank's tokens [S, B, D], with fixed sin-cos positions."""
 
     def __init__(self, ctx: Context) -> None:
         super().__init__()
         model = ctx.config.model
         self.ctx, self.patch = ctx, model.patch
         self.linear = ReplicatedLinear(ctx, model.patch**2 * model.channels, ctx.width)
-        side = model.image_size // model.patch
-        self.register_buffer("positions_SD", positions_2d(side, side, ctx.width), persistent=False)
+        self.side = model.image_size // model.patch
+        self._axes: dict[int, Tensor] = {}  # positions by number of patches; few and small, whatever the shapes
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         patches_SBP = tokens.own_context(patchify(image_BCHW, self.patch)).to(self.ctx.dtype)
-        return self.linear(patches_SBP) + tokens.own_context(self.positions_SD)[:, None].to(self.ctx.dtype)
+        rows, columns = (size // self.patch for size in image_BCHW.shape[2:])
+        positions_SD = positions_2d(self._axis(columns), self._axis(rows))
+        return self.linear(patches_SBP) + tokens.own_context(positions_SD)[:, None]
+
+    def _axis(self, count: int) -> Tensor:
+        if count not in self._axes:
+            positions = axis_positions(count, self.side, self.ctx.width // 2)
+            self._axes[count] = positions.to(self.linear.weight.device, self.ctx.dtype)
+        return self._axes[count]
 
 
 class QKV(nn.Module):

@@ -27,7 +27,7 @@ from mpdit.parallel import tokens
 from mpdit.parallel.attention import Attention
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import Modulation, RowLinear
-from mpdit.parallel.stages import Stream
+from mpdit.parallel.stages import Grid, Stream
 from mpdit_kernels.modulate import gated_residual, layer_norm_modulate
 
 
@@ -120,6 +120,6 @@ class MMDiT:
     def head(self) -> nn.Module:
         return ModulatedHead(self.ctx)
 
-    def streams(self, done: int) -> list[Stream]:
-        model = self.ctx.config.model
-        return [image_stream(model), text_stream(model), Stream(name="conditioning", tokens=1, split=False)]
+    def streams(self, done: int, image: Grid) -> list[Stream]:
+        text = text_stream(self.ctx.config.model)
+        return [image_stream(image), text, Stream(name="conditioning", tokens=1, split=False)]

@@ -17,7 +17,7 @@ from mpdit.models.layers import Inputs
 from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import Readout, ReplicatedLinear
-from mpdit.parallel.stages import Auxiliary, Parts, image_tokens
+from mpdit.parallel.stages import Auxiliary, Grid, Parts
 
 HIDDEN = 2048  # of the projector, as in REPA's code
 _FEATURES = {"efficientnet_lite0": 112}
@@ -29,7 +29,8 @@ def auxiliary(ctx: Context, parts: Parts) -> Auxiliary | None:
     if not objective.repa_weight:
         return None
     features, block = teacher_features(objective), block_index(ctx.config)
-    mixed = parts.streams(block + 1)[0].tokens != image_tokens(ctx.config.model)
+    image = Grid.of(ctx.config.model)
+    mixed = parts.streams(block + 1, image)[0].tokens != image.tokens
     return Auxiliary(
         block=block,
         weight=objective.repa_weight,
@@ -77,7 +78,7 @@ class Alignment(nn.Module):
 
     def __init__(self, ctx: Context, features: int, *, mixed: bool) -> None:
         super().__init__()
-        self.ctx, self.mixed, self.image_tokens = ctx, mixed, image_tokens(ctx.config.model)
+        self.ctx, self.mixed, self.image_tokens = ctx, mixed, Grid.of(ctx.config.model).tokens
         self.linear_1 = Readout(ctx, HIDDEN, gain=1.0)
         self.linear_2 = ReplicatedLinear(ctx, HIDDEN, HIDDEN)
         self.linear_3 = ReplicatedLinear(ctx, HIDDEN, features)

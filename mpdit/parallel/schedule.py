@@ -61,7 +61,8 @@ def forward_backward(
     """Run the micro-batches through the pipeline; gradients end in the chunks' buffers.
 
     A micro-batch has ``inputs`` for the network and whatever `loss_function(prediction, micro_batch)` needs: a mean
-    over this context rank's tokens. Returns the mean loss over micro-batches, data and context ranks, on every rank.
+    over this context rank's tokens. `crossing` is that of the one shape that all their images have. Returns the mean
+    loss over micro-batches, data and context ranks, on every rank.
     """
     cp = ctx.config.parallel.cp
     # Megatron divides the main loss by the number of micro-batches; an auxiliary one never comes by there.
@@ -77,7 +78,7 @@ def forward_backward(
             # Megatron multiplies by cp and DDP averages over data x context ranks. It divides in place: so a clone.
             return value / cp, {"loss": value.detach().clone()}
 
-        return stage(micro_batch.inputs, share=share), loss
+        return stage(micro_batch.inputs, crossing, share=share), loss
 
     reported = _run(ctx, chunks, micro_batches, forward_step, crossing, forward_only)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
@@ -112,7 +113,7 @@ def predict(
     """The network's prediction [S, B, K] for each micro-batch, whole, on every rank of the model."""
 
     def forward_step(iterator: Iterator[Any], stage: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        return stage(next(iterator).inputs), lambda prediction, non_loss_data: prediction
+        return stage(next(iterator).inputs, crossing), lambda prediction, non_loss_data: prediction
 
     outputs = _run(ctx, chunks, micro_batches, forward_step, crossing, True, collect_non_loss_data=True)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):

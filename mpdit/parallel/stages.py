@@ -3,7 +3,8 @@
 Megatron passes a single tensor. It holds all streams one after another along the sequence, for an MMDiT ``[image tokens
 | text tokens | conditioning]``, so that the conditioning's gradients flow back through the pipeline and no embedder is
 replicated over stages. Token streams are this rank's share under context and sequence parallelism; conditioning is
-whole on every rank. Every boundary gets the size of the largest: Megatron's schedules know one.
+whole on every rank. Every boundary gets the size of the largest: Megatron's schedules know one. It follows the images'
+shape, which is the same in all micro-batches of a step and may be another in the next.
 """
 
 import dataclasses
@@ -33,19 +34,36 @@ class Stream:
     tokens: int
     split: bool = True
     skip: bool = False
-    keys: str = "(model.image_size / model.patch)^2"
+    keys: str = ""
 
 
-def image_tokens(model: Model) -> int:
-    """Patches of an image."""
-    return (model.image_size // model.patch) ** 2
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """Patches of an image. `keys`: the config keys that say how many."""
+
+    rows: int
+    columns: int
+    keys: str
+
+    @classmethod
+    def of(cls, model: Model, height: int = 0, width: int = 0, keys: str = "") -> "Grid":
+        """Of images of height x width pixels; by default the square of ``model.image_size``."""
+        return cls(
+            rows=(height or model.image_size) // model.patch,
+            columns=(width or model.image_size) // model.patch,
+            keys=keys or "(model.image_size / model.patch)^2",
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.columns
 
 
 class Parts(Protocol):
     """What a network brings: modules without any idea of stages.
 
     embed(inputs) -> streams; block(*streams) -> streams; head(*streams) -> prediction [S, B, K] of this context rank's
-    image tokens. ``streams(done)`` are those that leave the first `done` blocks.
+    image tokens. ``streams(done, image)`` are those that leave the first `done` blocks for images of that grid.
     """
 
     def embed(self) -> nn.Module: ...
@@ -54,7 +72,7 @@ class Parts(Protocol):
 
     def head(self) -> nn.Module: ...
 
-    def streams(self, done: int) -> list[Stream]: ...
+    def streams(self, done: int, image: Grid) -> list[Stream]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +90,11 @@ class Auxiliary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Crossing:
-    """What Megatron's schedules and the prediction's receivers have to know of a network in a layout."""
+    """What stages, Megatron's schedules and the prediction's receivers have to know of images of one shape."""
 
-    sequence_length: int  # of the packed tensor, times cp, times tp under SP: Megatron divides by them
+    packed: int  # tokens of the packed tensor, which is padded to them
+    received: dict[int, list[int]]  # tokens of each stream in it, by the first block of the chunk that it reaches
+    sequence_length: int  # `packed` times cp, times tp under SP: Megatron divides by them
     rows: int  # image tokens of this context rank
     features: int  # of each in the prediction
 
@@ -136,8 +156,7 @@ class Stage(MegatronModule):
         super().__init__(ctx.megatron)
         self.ctx = ctx
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
-        self.received_tokens = local_tokens(ctx.config, parts.streams(blocks.start))
-        self.sent_tokens = _packed_tokens(ctx.config, parts)
+        self.first_block = blocks.start
         if first:
             self.embed = parts.embed()
         self.blocks = nn.ModuleDict({str(index): on_residual_branch(parts.block(index)) for index in blocks})
@@ -152,14 +171,15 @@ class Stage(MegatronModule):
     def set_input_tensor(self, tensors: Tensor | list[Tensor]) -> None:
         self._received = tensors[0] if isinstance(tensors, list) else tensors
 
-    def forward(self, inputs: object, share: float = 0.0) -> Tensor:
-        """`share`: of this micro-batch in the step's loss, by which an auxiliary loss is scaled; 0: it is left out."""
-        streams = self.embed(inputs) if self.pre_process else self._unpack()
+    def forward(self, inputs: object, crossing: Crossing | None = None, share: float = 0.0) -> Tensor:
+        """`crossing`: of the images' shape; None will do on a single stage. `share`: of this micro-batch in the step's
+        loss, by which an auxiliary loss is scaled; 0: it is left out."""
+        streams = self.embed(inputs) if self.pre_process else self._unpack(crossing)
         for index, block in self.blocks.items():
             streams = self._run(block, streams)
             if self.auxiliary is not None and int(index) == self.auxiliary.block and share and torch.is_grad_enabled():
                 streams = self._attach_loss(streams, inputs, self.auxiliary.weight * share)
-        return self.head(*streams) if self.post_process else self._pack(streams)
+        return self.head(*streams) if self.post_process else self._pack(streams, crossing)
 
     def _attach_loss(self, streams: tuple[Tensor, ...], inputs: object, scale: float) -> tuple[Tensor, ...]:
         loss = self.repa(streams, inputs)
@@ -173,13 +193,16 @@ class Stage(MegatronModule):
             return tensor_parallel.checkpoint(block, False, *streams)
         return block(*streams)
 
-    def _pack(self, streams: tuple[Tensor, ...]) -> Tensor:
+    def _pack(self, streams: tuple[Tensor, ...], crossing: Crossing | None) -> Tensor:
+        assert crossing is not None
         packed = torch.cat(streams)
-        return F.pad(packed, (0, 0, 0, 0, 0, self.sent_tokens - len(packed)))
+        return F.pad(packed, (0, 0, 0, 0, 0, crossing.packed - len(packed)))
 
-    def _unpack(self) -> tuple[Tensor, ...]:
+    def _unpack(self, crossing: Crossing | None) -> tuple[Tensor, ...]:
+        assert crossing is not None
         assert self._received is not None
-        return self._received[: sum(self.received_tokens)].split(self.received_tokens)
+        tokens = crossing.received[self.first_block]
+        return self._received[: sum(tokens)].split(tokens)
 
 
 def local_tokens(config: Config, streams: list[Stream]) -> list[int]:
@@ -195,15 +218,10 @@ def local_tokens(config: Config, streams: list[Stream]) -> list[int]:
     return [stream.tokens // ways if stream.split else stream.tokens for stream in streams]
 
 
-def _packed_tokens(config: Config, parts: Parts) -> int:
-    """The length of the packed tensor: what the fullest boundary needs."""
-    ends = [blocks.stop for blocks in split(config)[:-1]] or [0]
-    return max(sum(local_tokens(config, parts.streams(done))) for done in ends)
-
-
 def crossing_note(config: Config, parts: Parts) -> str:
     """What crosses a stage boundary, and how much of it are long skips; empty without pipeline stages or skips."""
-    fullest = max((parts.streams(blocks.stop) for blocks in split(config)[:-1]), key=len, default=[])
+    image = Grid.of(config.model)
+    fullest = max((parts.streams(blocks.stop, image) for blocks in split(config)[:-1]), key=len, default=[])
     skips = [stream for stream in fullest if stream.skip]
     if not skips:
         return ""
@@ -215,19 +233,21 @@ def crossing_note(config: Config, parts: Parts) -> str:
     )
 
 
-def crossing(config: Config, parts: Parts, features: int) -> Crossing:
+def crossing(config: Config, parts: Parts, features: int, image: Grid) -> Crossing:
     """The sizes of what crosses between stages and of the prediction. Raises InputError where tokens don't divide."""
-    model, parallel = config.model, config.parallel
-    local_tokens(config, parts.streams(0))
-    count = image_tokens(model)
-    if count % parallel.cp:
+    parallel = config.parallel
+    # The first chunk receives nothing, but what it makes has to divide as well.
+    received = {b.start: local_tokens(config, parts.streams(b.start, image)) for b in split(config)}
+    if image.tokens % parallel.cp:
         raise InputError(
-            f"(model.image_size / model.patch)^2 is {count} image tokens, which do not divide by parallel.cp "
-            f"{parallel.cp}."
+            f"{image.keys} is {image.tokens} image tokens, which do not divide by parallel.cp {parallel.cp}."
         )
+    packed = max(sum(tokens) for start, tokens in received.items() if start or len(received) == 1)
     return Crossing(
-        sequence_length=_packed_tokens(config, parts) * parallel.cp * (parallel.tp if parallel.sp else 1),
-        rows=count // parallel.cp,
+        packed=packed,
+        received=received,
+        sequence_length=packed * parallel.cp * (parallel.tp if parallel.sp else 1),
+        rows=image.tokens // parallel.cp,
         features=features,
     )
 

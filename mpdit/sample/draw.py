@@ -15,13 +15,13 @@ from mpdit.sample import samplers
 
 Tokens = Callable[[Sequence[str]], Tensor]  # captions -> ids [B, L]
 Predict = Callable[[list[Any]], list[Tensor]]  # micro-batches -> predictions [S, B, P]
-MakeBatch = Callable[[Inputs, int], Any]
+MakeBatch = Callable[[Inputs], Any]
 
 
 def draw(
     config: Config, prompts: Sequence[str], tokens: Tokens, predict: Predict, make_batch: MakeBatch, first: int = 0
 ) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1], one a prompt, on every rank; collective.
+    """Images [N, C, H, W] in [-1, 1] of ``sample.image_size``, one a prompt, on every rank; collective.
 
     The noise is a function of (sample.seed, the prompt's number, counted from `first`): a picture depends neither on
     the layout nor on the prompts beside it. Data-parallel ranks take a share each.
@@ -30,7 +30,8 @@ def draw(
     ranks, rounds = groups.data_size(), config.parallel.pp
     share = -(-len(prompts) // (ranks * rounds)) * rounds  # padded so that each micro-batch of each rank is alike
     mine = (groups.data_rank() * share + np.arange(share)) % len(prompts)
-    shape = (model.channels, model.image_size, model.image_size)
+    height, width = sample.image_size or (model.image_size, model.image_size)
+    shape = (model.channels, height, width)
     noise = draws.noise(sample.seed, first + mine, np.zeros_like(mine), shape).to(accel.device())
     text = tokens([prompts[int(i)] for i in mine]).to(accel.device())
     null = tokens([""] * len(mine)).to(accel.device())
@@ -44,11 +45,11 @@ def draw(
 
         def micro_batches(ids: Tensor) -> list[Any]:
             parts = zip(x_BCHW.chunk(rounds), time_B.chunk(rounds), ids.chunk(rounds), strict=True)
-            return [make_batch(Inputs(image_BCHW=x, time_B=s, text_BL=i), len(x)) for x, s, i in parts]
+            return [make_batch(Inputs(image_BCHW=x, time_B=s, text_BL=i)) for x, s, i in parts]
 
         asked = micro_batches(text) + (micro_batches(null) if sample.guidance != 1 else [])
         whole = torch.cat([p.float() for p in predict(asked)], 1)
-        prediction = unpatchify(whole, model.patch, model.image_size, model.image_size)
+        prediction = unpatchify(whole, model.patch, height, width)
         if sample.guidance == 1:
             return prediction
         conditional, unconditional = prediction.chunk(2)

@@ -20,10 +20,10 @@ def to_image(image_CHW: Tensor) -> Image.Image:
 
 def grid(images_NCHW: Tensor, captions: Sequence[str], columns: int = 0) -> Image.Image:
     """Images in [-1, 1] side by side, captions under them; about as wide as high unless `columns` says otherwise."""
-    count, side = len(images_NCHW), images_NCHW.shape[-1]
-    columns = columns or max(1, round((count * (_CELL + _LABEL) / _CELL) ** 0.5))
-    scale = max(1, _CELL // side)
-    cell_w, cell_h = side * scale, images_NCHW.shape[-2] * scale
+    count, (height, width) = len(images_NCHW), images_NCHW.shape[2:]
+    scale = max(1, _CELL // width)
+    cell_w, cell_h = width * scale, height * scale
+    columns = columns or max(1, round((count * (cell_h + _LABEL) / cell_w) ** 0.5))
     rows = -(-count // columns)
     sheet = Image.new(
         "RGB", (columns * (cell_w + _GAP) + _GAP, rows * (cell_h + _LABEL + _GAP) + _GAP), (255, 255, 255)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpdit import objective
 from mpdit.config import Config, Objective
-from mpdit.data import loader
+from mpdit.data import buckets, loader
 from mpdit.data.loader import Loader
 from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
@@ -25,10 +25,12 @@ from mpdit.parallel import accel, groups, stages, tokens
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """A micro-batch of `size` images. Stages in the middle of the pipeline have neither inputs nor target,
-    unless REPA teaches a block there."""
+    """A micro-batch of `size` images of height x width pixels (or latent pixels), the same in all of a step. Stages in
+    the middle of the pipeline have neither inputs nor target, unless REPA teaches a block there."""
 
     size: int
+    height: int
+    width: int
     inputs: Inputs | None = None
     target_SBP: dict[str, Tensor] | None = None  # what the objective compares with, as tokens
     weight_B: Tensor | None = None  # of each image in the loss; None: all one
@@ -84,6 +86,8 @@ def noised_batch(
     pair = kind.noised(images_BCHW, config.objective, config.train.seed, sample_ids, visits)
     return Batch(
         size=len(sample_ids),
+        height=images_BCHW.shape[2],
+        width=images_BCHW.shape[3],
         inputs=Inputs(image_BCHW=pair.noisy_BCHW, time_B=pair.time_B, text_BL=text_BL),
         target_SBP={
             name: tokens.own_context(patchify(target_BCHW, config.model.patch))
@@ -98,12 +102,12 @@ def own_teacher(config: Config) -> Teacher | None:
     model = config.model
     if not config.objective.repa_weight or not stages.holds(config, repa.block_index(config)):
         return None
-    return _opened(config.objective, model.image_size // model.patch, model.channels, accel.device())
+    return _opened(config.objective, model.patch, model.channels, accel.device())
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(asked: Objective, grid: int, channels: int, device: torch.device) -> Teacher:
-    return Teacher.open(asked, grid, channels, device)
+def _opened(asked: Objective, patch: int, channels: int, device: torch.device) -> Teacher:
+    return Teacher.open(asked, patch, channels, device)
 
 
 def with_features(batch: Batch, teacher: Teacher, images_BCHW: Tensor) -> Batch:
@@ -120,6 +124,7 @@ class TrainFeed:
         self.config, self.tokenizer = config, tokenizer
         self.micro_batches = plan.share(groups.data_size(), config.parallel.micro_batch) // config.parallel.micro_batch
         self.teacher = own_teacher(config)
+        self.plan, self.step = plan, start_step
         self.loader: Loader | None = None
         if groups.is_first_stage() or groups.is_last_stage() or self.teacher is not None:
             self.loader = Loader(
@@ -140,14 +145,18 @@ class TrainFeed:
 
     def next(self) -> list[Batch]:
         """The micro-batches of the next step."""
-        return [self._micro_batch() for _ in range(self.micro_batches)]
-
-    def _micro_batch(self) -> Batch:
+        height, width = self.plan.height_width(self.step)
+        self.step += 1
         if self.loader is None:
-            return Batch(size=self.config.parallel.micro_batch)
-        m = self.loader.next()
+            empty = Batch(size=self.config.parallel.micro_batch, height=height, width=width)
+            return [empty] * self.micro_batches
+        return [self._micro_batch(self.loader) for _ in range(self.micro_batches)]
+
+    def _micro_batch(self, loader: Loader) -> Batch:
+        m = loader.next()
         ids, visits = m.sample_ids.numpy(), m.visits.numpy()
         batch = batch_of(self.config, self.tokenizer, m.images, m.captions, ids, visits, drop_captions=True)
+        batch = dataclasses.replace(batch, sample_key=sample_key(m.read_ids.numpy(), visits))
         return batch if self.teacher is None else with_features(batch, self.teacher, m.images)
 
     def close(self) -> None:
@@ -160,29 +169,43 @@ def validation_samples(shards: Mixture, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, len(shards) - 1, min(count, len(shards))).round().astype(np.int64))
 
 
-def validation_batches(config: Config, shards: Mixture, tokenizer: Tokenizer) -> list[Batch]:
-    """This rank's share of the validation set with fixed noise and times; padded with weightless images to divide."""
+def validation_batches(config: Config, shards: Mixture, tokenizer: Tokenizer) -> list[list[Batch]]:
+    """This rank's share of the validation set with fixed noise and times: a list of micro-batches for each shape.
+
+    Each list is padded with weightless images to divide. Losses are weighted so that those of all lists add up to the
+    mean over all images.
+    """
     ids = validation_samples(shards, config.train.val_images)
-    size, ranks = config.parallel.micro_batch, groups.data_size()
-    rounds = config.parallel.pp if config.parallel.vpp > 1 else 1
-    unit = size * ranks * rounds
+    sizes = buckets.of_config(config)
+    number = buckets.nearest_bucket(shards.sizes[ids], sizes)
+    return [
+        list(_fixed_batches(config, shards, tokenizer, size, *_share(config, ids[number == n], len(ids))))
+        for n, size in enumerate(sizes)
+        if (number == n).any()
+    ]
+
+
+def _share(config: Config, ids: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the samples of one shape this rank's, padded, and their weights in the mean over all `images`."""
+    ranks, rounds = groups.data_size(), config.parallel.pp if config.parallel.vpp > 1 else 1
+    unit = config.parallel.micro_batch * ranks * rounds
     padded = np.resize(ids, -(-len(ids) // unit) * unit)
-    weight = np.where(np.arange(len(padded)) < len(ids), len(padded) / len(ids), 0.0)
+    weight = np.where(np.arange(len(padded)) < len(ids), len(padded) / images, 0.0)
     share = slice(*(len(padded) // ranks * r for r in (groups.data_rank(), groups.data_rank() + 1)))
-    return list(_fixed_batches(config, shards, tokenizer, padded[share], weight[share]))
+    return padded[share], weight[share]
 
 
 def _fixed_batches(
-    config: Config, shards: Mixture, tokenizer: Tokenizer, ids: np.ndarray, weight: np.ndarray
+    config: Config, shards: Mixture, tokenizer: Tokenizer, image: buckets.Size, ids: np.ndarray, weight: np.ndarray
 ) -> Iterator[Batch]:
-    size, side = config.parallel.micro_batch, config.model.image_size
+    size, (height, width) = config.parallel.micro_batch, image
     for start in range(0, len(ids), size):
         part = slice(start, start + size)
         if not (groups.is_first_stage() or groups.is_last_stage()):
-            yield Batch(size=size)
+            yield Batch(size=size, height=height, width=width)
             continue
         images_BCHW, captions, bad = loader.fixed(
-            shards, ids[part].tolist(), (side, side), channels=config.model.channels, device=accel.device()
+            shards, ids[part].tolist(), image, channels=config.model.channels, device=accel.device()
         )
         for sample in bad:
             print(f"mpdit: {sample.where}: {sample.reason}; validation takes the next sample instead", flush=True)

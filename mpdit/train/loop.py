@@ -175,7 +175,7 @@ class _Run:
 
     def __init__(self, config: Config, sets: Sets, run: Session, recorder: _Recorder) -> None:
         self.config, self.sets, self.run, self.recorder = config, sets, run, recorder
-        self._val: list[batches.Batch] | None = None
+        self._val: list[list[batches.Batch]] | None = None
         self._ema_due = False
 
     def from_step(self, start: int) -> None:

@@ -18,6 +18,7 @@ from mpdit.mup import rules
 from mpdit.mup.roles import Group
 from mpdit.objective import repa as teachers
 from mpdit.parallel import context, groups, stages
+from mpdit.parallel.context import Context
 from mpdit.sample import samplers
 
 
@@ -47,7 +48,9 @@ def layout(config: Config, world: int) -> int:
     _network(config)
     data_ranks = groups.data_parallel_size(config.parallel, world)
     stages.split(config)
-    models.crossing(context.build(config))
+    ctx = context.build(config)
+    models.crossing(ctx)
+    _image_sizes(ctx)
     return data_ranks
 
 
@@ -150,6 +153,28 @@ def _shapes(config: Config) -> None:
         raise InputError(
             "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce."
         )
+
+
+def _image_sizes(ctx: Context) -> None:
+    """Height and width of every bucket, and of the pictures that are drawn."""
+    model, buckets = ctx.config.model, ctx.config.data.buckets
+    sizes = {f"data.buckets[{number}]": size for number, size in enumerate(buckets)}
+    if ctx.config.sample.image_size:
+        sizes["sample.image_size"] = ctx.config.sample.image_size
+    for key, size in sizes.items():
+        said = f"{key} is {list(size)}"
+        if len(size) != 2 or min(size) < 1:
+            raise InputError(f"{said}, but should be [height, width] in pixels, each at least 1.")
+        if any(side % model.patch for side in size):
+            raise InputError(f"{said}, but height and width should both be multiples of model.patch {model.patch}.")
+        if model.arch == "uvit" and size != (model.image_size, model.image_size):
+            raise InputError(
+                f"{said}, but model.arch uvit learns the positions of the square of model.image_size "
+                f"{model.image_size} alone; leave it out, or take mmdit, pixart or dit."
+            )
+        models.crossing(ctx, *size, keys=f"{key} {list(size)} in patches of model.patch {model.patch}")
+    if again := [list(size) for number, size in enumerate(buckets) if size in buckets[:number]]:
+        raise InputError(f"data.buckets holds {again[0]} twice; it should hold each [height, width] once.")
 
 
 def _network(config: Config) -> None:

@@ -10,6 +10,7 @@ from mpdit import models
 from mpdit.config import Config
 from mpdit.data.text import Tokenizer
 from mpdit.models import repa
+from mpdit.models.layers import Inputs
 from mpdit.mup.roles import collect
 from mpdit.mup.table import Table, merge, resolve
 from mpdit.parallel import accel, context, groups, init, optimizer, schedule, stages
@@ -28,25 +29,36 @@ class Network:
     ctx: Context
     chunks: list[Any]  # Stage, or Stage under DDP
     table: Table  # of the whole model
-    crossing: Crossing
 
     @property
     def note(self) -> str:
         """What a person should know of the network in this layout; often nothing."""
         return stages.crossing_note(self.ctx.config, models.parts(self.ctx))
 
+    def crossing(self, micro_batches: Sequence[Batch]) -> Crossing:
+        """Of the one shape that the micro-batches of a step have. Raises ValueError where they have several."""
+        shapes = {(m.height, m.width) for m in micro_batches}
+        if len(shapes) != 1:
+            raise ValueError(f"micro-batches of one step have images of {sorted(shapes)} pixels")
+        return models.crossing(self.ctx, *shapes.pop())
+
     def loss(self, prediction_SBK: torch.Tensor, batch: Batch) -> torch.Tensor:
         return batches.loss(self.ctx.config, prediction_SBK, batch)
 
     def predict(self, micro_batches: list[Batch]) -> list[torch.Tensor]:
-        return schedule.predict(self.ctx, self.chunks, micro_batches, self.crossing)
+        return schedule.predict(self.ctx, self.chunks, micro_batches, self.crossing(micro_batches))
 
-    def validate(self, micro_batches: list[Batch]) -> float:
-        """The mean loss, without gradients, on every rank."""
+    def forward_backward(self, micro_batches: list[Batch], *, forward_only: bool = False) -> float:
+        """Run the micro-batches, gradients add to their buffers; the mean loss, on every rank."""
+        crossing = self.crossing(micro_batches)
+        return schedule.forward_backward(
+            self.ctx, self.chunks, micro_batches, self.loss, crossing, forward_only=forward_only
+        )
+
+    def validate(self, of_shapes: list[list[Batch]]) -> float:
+        """The mean loss of batches.validation_batches, without gradients, on every rank."""
         with torch.no_grad():
-            return schedule.forward_backward(
-                self.ctx, self.chunks, micro_batches, self.loss, self.crossing, forward_only=True
-            )
+            return sum(self.forward_backward(micro_batches, forward_only=True) for micro_batches in of_shapes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +73,7 @@ class Session:
         for chunk in self.network.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        network = self.network
-        return schedule.forward_backward(network.ctx, network.chunks, micro_batches, network.loss, network.crossing)
+        return self.network.forward_backward(micro_batches)
 
     def repa_loss(self) -> float:
         """REPA's mean loss of the last :meth:`forward_backward`, without its weight, on every rank; collective."""
@@ -81,6 +92,11 @@ class Session:
 _PROMPTS_AT_ONCE = 32  # a data-parallel rank and micro-batch; guidance doubles it
 
 
+def _question(inputs: Inputs) -> Batch:
+    size, _, height, width = inputs.image_BCHW.shape
+    return Batch(size=size, height=height, width=width, inputs=inputs)
+
+
 def draw(network: Network, config: Config, prompts: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
     """Images [N, C, H, W] in [-1, 1] with the network's present weights, on every rank; collective."""
     at_once = _PROMPTS_AT_ONCE * groups.data_size() * config.parallel.pp
@@ -90,7 +106,7 @@ def draw(network: Network, config: Config, prompts: Sequence[str], tokenizer: To
             prompts[first : first + at_once],
             lambda captions: torch.from_numpy(tokenizer.encode(captions, config.model.text_tokens)),
             network.predict,
-            lambda inputs, size: Batch(inputs=inputs, size=size),
+            _question,
             first=first,
         )
         for first in range(0, len(prompts), at_once)
@@ -111,7 +127,7 @@ def build_network(config: Config, *, training: bool = False) -> Network:
     for chunk in chunks:
         init.initialise(chunk, table, config.train.seed)
         chunk.to(accel.device())
-    return Network(ctx=ctx, chunks=chunks, table=table, crossing=models.crossing(ctx))
+    return Network(ctx=ctx, chunks=chunks, table=table)
 
 
 def build(config: Config) -> Session:

@@ -270,7 +270,8 @@ def train_both(rank: int, world: int, settings: Config) -> dict[str, Any]:
 
     def our_step(noisy: Tensor, time: Tensor, condition: Tensor, target: Tensor) -> float:
         target_SBK = patchify(target, shape.patch)
-        batch = Batch(size=BATCH, inputs=Inputs(image_BCHW=noisy, time_B=time, text_BL=condition))
+        inputs = Inputs(image_BCHW=noisy, time_B=time, text_BL=condition)
+        batch = Batch(size=BATCH, height=SIDE, width=SIDE, inputs=inputs)
         chunk.zero_grad_buffer()
         run.optimizer.zero_grad()
         loss = schedule.forward_backward(
@@ -278,7 +279,7 @@ def train_both(rank: int, world: int, settings: Config) -> dict[str, Any]:
             network.chunks,
             [batch],
             lambda prediction_SBK, _: (prediction_SBK - target_SBK).square().mean(),
-            network.crossing,
+            network.crossing([batch]),
         )
         run.update()
         return loss

@@ -151,7 +151,9 @@ def test_images_without_weight_count_for_nothing(batches: Any) -> None:
     def weighted(*weights: float) -> float:
         weight_B = torch.tensor(weights) if weights else None
         inputs: Any = SimpleNamespace(time_B=torch.zeros(3))  # all of them that a loss needs
-        batch = batches.Batch(size=3, inputs=inputs, target_SBP={"velocity": target}, weight_B=weight_B)
+        batch = batches.Batch(
+            size=3, height=8, width=8, inputs=inputs, target_SBP={"velocity": target}, weight_B=weight_B
+        )
         return float(batches.loss(Config(), prediction, batch).item())
 
     plain = float(np.mean((prediction.numpy() - target.numpy()) ** 2))

@@ -21,7 +21,7 @@ GRID, PATCH = 8, 4
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    return Teacher.open(LITE, GRID, 3, "cpu")
+    return Teacher.open(LITE, PATCH, 3, "cpu")
 
 
 def picture(side: int, seed: int = 0) -> torch.Tensor:
@@ -45,14 +45,14 @@ def test_a_vector_for_every_patch_the_same_every_time(teacher: Teacher) -> None:
     assert features.dtype == torch.float32
     assert features.is_contiguous()
     assert torch.equal(features, teacher.features(images))
-    assert torch.equal(features, Teacher.open(LITE, GRID, 3, "cpu").features(images))
+    assert torch.equal(features, Teacher.open(LITE, PATCH, 3, "cpu").features(images))
     alone = torch.cat([teacher.features(image[None]) for image in images], 1)
     torch.testing.assert_close(alone, features, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("grid", "side"), [(4, 12), (8, 32), (16, 64)])
 def test_any_grid_of_any_image(grid: int, side: int) -> None:
-    features = Teacher.open(LITE, grid, 3, "cpu").features(picture(64)[..., :side, :side])
+    features = Teacher.open(LITE, side // grid, 3, "cpu").features(picture(64)[..., :side, :side])
     assert features.shape == (grid * grid, 1, 112)
 
 
@@ -92,7 +92,7 @@ def test_a_shifted_picture_has_shifted_features(teacher: Teacher) -> None:
 
 def test_gray_is_shown_as_rgb(teacher: Teacher) -> None:
     gray = picture(32)[:, :1]
-    seen = Teacher.open(LITE, GRID, 1, "cpu").features(gray)
+    seen = Teacher.open(LITE, PATCH, 1, "cpu").features(gray)
     assert torch.equal(seen, teacher.features(gray.repeat(1, 3, 1, 1)))
 
 
@@ -125,14 +125,14 @@ def dinov2_features(rank: int, world: int, folder: Path, **settings: Any) -> dic
 
     save_dinov2(folder, **settings)
     objective = Objective(repa_weight=0.5, repa_teacher=str(folder))
-    teacher = Teacher.open(objective, GRID, 3, "cpu")
+    teacher = Teacher.open(objective, PATCH, 3, "cpu")
     left, right = picture(32), picture(32)
     right[..., :, 28:] *= -1
     features = [at(teacher.features(image)) for image in (left, right)]
     changed = (features[0] - features[1]).square().mean((0, 2, 3))  # by column
     (folder / "model.safetensors").write_bytes(b"\0" * 64)
     try:
-        Teacher.open(objective, GRID, 3, "cpu")
+        Teacher.open(objective, PATCH, 3, "cpu")
         said = ""
     except InputError as error:
         said = str(error)
@@ -162,7 +162,7 @@ def dinov2_with_code(rank: int, world: int, folder: Path) -> bool:
     config["auto_map"] = {"AutoModel": "own_model.OwnModel", "AutoConfig": "own_model.OwnConfig"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own_model.py").write_text(f"open({str(folder / 'was_run')!r}, 'w')\n")
-    Teacher.open(Objective(repa_weight=0.5, repa_teacher=str(folder)), GRID, 3, "cpu").features(picture(32))
+    Teacher.open(Objective(repa_weight=0.5, repa_teacher=str(folder)), PATCH, 3, "cpu").features(picture(32))
     return (folder / "was_run").exists()
 
 

@@ -1,6 +1,7 @@
 """One run trained twice: by the engine in some layout, and by a plain-PyTorch reference with the same draws."""
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -35,32 +36,38 @@ def project_name(arch: str, reference_name: str) -> str:
 
 
 def train_layout(rank: int, world: int, config: Config) -> dict[str, Any]:
-    """One rank of a run: {name: (initial shard, its dim or None)}, its tensor rank, losses, norms, EMA."""
-    from megatron.core import parallel_state
-
+    """One rank of a run, as :func:`trained` gives it."""
     from mpdit.parallel import groups
     from mpdit.train import batches, loop, preflight, session
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
     run, sets = session.build(config), loop.Sets.open(config)
+    feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
+    found = trained(config, run, lambda step: feed.next())
+    feed.close()
+    groups.stop()
+    return found
+
+
+def trained(config: Config, run: Any, micro_batches: Callable[[int], list[Any]]) -> dict[str, Any]:
+    """{name: (initial shard, its dim or None)}, this rank's tensor rank, losses, norms and EMA of all steps."""
+    from megatron.core import parallel_state
+
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     shards = {
         name: (p.detach().clone(), p.partition_dim if getattr(p, "tensor_model_parallel", False) else None)
         for chunk in run.network.chunks
         for name, p in chunk.module.named_parameters()
     }
-    feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
     losses, norms = [], []
-    for _ in range(config.train.steps):
-        losses.append(run.forward_backward(feed.next()))
+    for step in range(config.train.steps):
+        losses.append(run.forward_backward(micro_batches(step)))
         run.ema.update()  # of the step before, as the loop does
         norms.append(run.update())
-    feed.close()
     with run.settled():
         run.ema.update()
     ema = {name: value.clone() for name, value in run.ema.values.items()}
-    groups.stop()
     return {"shards": shards, "tensor_rank": tensor_rank, "losses": losses, "norms": norms, "ema": ema}
 
 
@@ -68,18 +75,12 @@ def train_reference(rank: int, world: int, config: Config, case: Case) -> dict[s
     """The same run in plain PyTorch: the project's data, draws and initial weights, and nothing else of it."""
     from mpdit.data.decode import decode
     from mpdit.objective import draws, flow
-    from mpdit.parallel import groups, init
-    from mpdit.train import loop, preflight, session
+    from mpdit.parallel import groups
+    from mpdit.train import loop, preflight
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
     sets, plain, m, seed = loop.Sets.open(config), case.plain, config.model, config.train.seed
-    shape, recipe = _shape(config, case), _recipe(config, case)
-    shape = replace(shape, residual=plain.residual_multiplier(shape, recipe))
-    table = session.build_network(config).table
-    names = {name: project_name(m.arch, name) for name in plain.parameters(shape)}
-    initial = {name: init.full_value(ours, table[ours], seed) for name, ours in names.items()}
-    rules, parameters = plain.rules(shape, recipe), plain.parameters(shape)
     diffusing, timesteps = config.objective.kind == "ddpm", set()
 
     def batches() -> Any:
@@ -100,11 +101,29 @@ def train_reference(rank: int, world: int, config: Config, case: Case) -> dict[s
                 t = flow.times(config.objective, seed, rows.sample_ids, rows.visits)
                 yield plain.Batch(image_BCYX=images, noise_BCYX=noise, t_B=t, ids_BL=ids)
 
+    found = reference_trained(config, case, batches())
+    groups.stop()
+    return {**found, "timesteps": timesteps}
+
+
+def reference_trained(config: Config, case: Case, batches: Iterable[Any]) -> dict[str, Any]:
+    """Losses, norms and EMA of the plain-PyTorch run on these batches, and the initial weights, by their names here."""
+    from mpdit.parallel import init
+    from mpdit.train import session
+
+    plain, m, seed = case.plain, config.model, config.train.seed
+    shape, recipe = _shape(config, case), _recipe(config, case)
+    shape = replace(shape, residual=plain.residual_multiplier(shape, recipe))
+    table = session.build_network(config).table
+    names = {name: project_name(m.arch, name) for name in plain.parameters(shape)}
+    initial = {name: init.full_value(ours, table[ours], seed) for name, ours in names.items()}
+    rules, parameters = plain.rules(shape, recipe), plain.parameters(shape)
+    diffusing = config.objective.kind == "ddpm"
     optim, weights, ema = config.optim, _copy(initial), _copy(initial)
     losses, norms = plain.train(
         weights,
         rules,
-        batches(),
+        batches,
         config.train.steps,
         shape=shape,
         loss=(lambda prediction, batch: plain_objective.loss(prediction, shape, batch)) if diffusing else None,
@@ -114,14 +133,12 @@ def train_reference(rank: int, world: int, config: Config, case: Case) -> dict[s
         ema=ema,
         ema_decay=config.train.ema_decay,
     )
-    groups.stop()
     return {
         "losses": losses,
         "norms": norms,
         "initial": {names[n]: v for n, v in initial.items()},
         "drawn": {names[n]: (rule.init_std, parameters[n].mean) for n, rule in rules.items()},
         "ema": {names[n]: v for n, v in ema.items()},
-        "timesteps": timesteps,
     }
 
 
@@ -141,6 +158,7 @@ def _shape(config: Config, case: Case) -> Any:
         channels=m.channels,
         vocab=m.vocab_size,
         qk_norm=m.qk_norm,
+        side=side,
         learn_sigma=m.learn_sigma,
         **own,
     )

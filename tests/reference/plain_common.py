@@ -37,6 +37,7 @@ class Shape:
     channels: int = 4
     vocab: int = 512
     qk_norm: bool = True
+    side: int | None = None  # patches a side of the square on whose middle grids are centred; None: each has its own
     learn_sigma: bool = False  # twice the output channels: (row, column, 2 C) in each token
     softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
     residual: float = 1.0  # every residual branch times this: residual_multiplier(shape, recipe)

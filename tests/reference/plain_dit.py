@@ -78,7 +78,7 @@ def block(w: Weights, prefix: str, s: Shape, x_SBD: Tensor, cond_1BD: Tensor) ->
 
 def denoise(w: Weights, s: Shape, x_BCYX: Tensor, t_B: Tensor, ids_BL: Tensor, multiplier: float = 1.0) -> Tensor:
     """The prediction at noisy images of the given classes (L = 1), as tokens. -> (S,B,F)"""
-    x_SBD = embed_image(w, x_BCYX, s.patch)
+    x_SBD = embed_image(w, x_BCYX, s.patch, s.side)
     label_BD = w["embed.label.weight"][ids_BL.flatten()]
     cond_1BD = F.silu(embed_time(w, t_B) + label_BD)[None]  # the SiLU before each adaLN linear, once for all
     for i in range(s.depth):

@@ -36,11 +36,19 @@ def positions_1d(coordinates_S: Tensor, dim: int) -> Tensor:
     return torch.cat([angle_Sk.sin(), angle_Sk.cos()], dim=-1)
 
 
-def positions_2d(grid: tuple[int, int], dim: int) -> Tensor:
-    """First half of the width from the column, second from the row, as in MAE, DiT. -> (rows * columns, dim)"""
+def positions_2d(grid: tuple[int, int], dim: int, side: int | None = None) -> Tensor:
+    """First half of the width from the column, second from the row, as in MAE, DiT. -> (rows * columns, dim)
+
+    Patches are 1 apart, and the middle of the grid is where that of a square of `side` patches is whose first patch is
+    at 0, as SD3 has it (Esser et al. 2403.03206, section 5.3.2); without a side the grid's own first patch is at 0.
+    """
     rows, columns = grid
-    y_S = torch.arange(rows).repeat_interleave(columns)
-    x_S = torch.arange(columns).repeat(rows)
+
+    def coordinates(count: int) -> Tensor:
+        half = (count - 1) / 2
+        return torch.linspace(-half, half, count, dtype=torch.float64) + ((side or count) - 1) / 2
+
+    y_S, x_S = coordinates(rows).repeat_interleave(columns), coordinates(columns).repeat(rows)
     return torch.cat([positions_1d(x_S, dim // 2), positions_1d(y_S, dim // 2)], dim=-1)
 
 
@@ -94,11 +102,11 @@ def mlp(w: Weights, prefix: str, x_SBD: Tensor) -> Tensor:
     return linear(w, f"{prefix}.fc2", F.gelu(linear(w, f"{prefix}.fc1", x_SBD), approximate="tanh"))
 
 
-def embed_image(w: Weights, x_BCYX: Tensor, patch: int) -> Tensor:
+def embed_image(w: Weights, x_BCYX: Tensor, patch: int, side: int | None) -> Tensor:
     """Tokens of the patches, with fixed 2-D positions. (B,C,Y,X) -> (S,B,D)"""
     grid = x_BCYX.shape[2] // patch, x_BCYX.shape[3] // patch
     x_SBD = linear(w, "embed.patch", patchify(x_BCYX, patch))
-    return x_SBD + positions_2d(grid, x_SBD.shape[-1]).to(x_SBD.dtype)[:, None]
+    return x_SBD + positions_2d(grid, x_SBD.shape[-1], side).to(x_SBD.dtype)[:, None]
 
 
 def embed_time(w: Weights, t_B: Tensor) -> Tensor:

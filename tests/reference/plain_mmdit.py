@@ -139,7 +139,7 @@ def denoise(
     w: dict[str, Tensor], s: Shape, x_BCYX: Tensor, t_B: Tensor, ids_BL: Tensor, multiplier: float = 1.0
 ) -> Tensor:
     """The velocity at noisy images, as tokens. -> (S,B,F)"""
-    img_SBD = embed_image(w, x_BCYX, s.patch)
+    img_SBD = embed_image(w, x_BCYX, s.patch, s.side)
     txt_LBD, pooled_BD = embed_text(w, ids_BL)
     cond_1BD = embed_condition(w, t_B, pooled_BD)
     return trunk(w, s, {"img": img_SBD, "txt": txt_LBD}, cond_1BD, multiplier)

@@ -116,7 +116,7 @@ def block(w: Weights, prefix: str, s: Shape, x_SBD: Tensor, text_LBD: Tensor, ad
 
 def denoise(w: Weights, s: Shape, x_BCYX: Tensor, t_B: Tensor, text: Tensor, multiplier: float = 1.0) -> Tensor:
     """The prediction at noisy images, as tokens. The text is what embed_text takes. -> (S,B,F)"""
-    x_SBD, text_LBD, time_BD = embed_image(w, x_BCYX, s.patch), embed_text(w, s, text), embed_time(w, t_B)
+    x_SBD, text_LBD, time_BD = embed_image(w, x_BCYX, s.patch, s.side), embed_text(w, s, text), embed_time(w, t_B)
     ada_6BD = linear(w, "embed.ada", F.silu(time_BD)).unflatten(-1, (6, s.width)).transpose(0, 1)
     for i in range(s.depth):
         x_SBD = block(w, f"blocks.{i}", s, x_SBD, text_LBD, ada_6BD)

@@ -35,6 +35,8 @@ class Arguments:
     """Classifier-free guidance scale, 1 is off; the run's sample.guidance by default."""
     seed: int | None = None
     """Of the noise; the run's sample.seed by default."""
+    size: Annotated[str | None, tyro.conf.arg(metavar="HxW")] = None
+    """Pixels of a picture, for example 48x32 for tall ones; the run's sample.image_size by default."""
     ema: bool = True
     """Draw with the averaged weights; --no-ema for the raw ones."""
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="section.key=value")] = ()
@@ -95,9 +97,17 @@ def sample_config(arguments: Arguments) -> Config:
     tree["parallel"] = {"precision": tree["parallel"]["precision"]}
     options = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}
     tree["sample"].update({key: value for key, value in options.items() if value is not None})
+    if arguments.size is not None:
+        tree["sample"]["image_size"] = _height_width(arguments.size)
     for override in arguments.overrides:
         configs.override(tree, override)
     return configs.from_dict(tree, str(path))
+
+
+def _height_width(text: str) -> list[int]:
+    if not re.fullmatch(r"\d{1,6}x\d{1,6}", text):
+        raise InputError(f"--size is {text!r}, but should be height x width in pixels, for example 48x32.")
+    return [int(side) for side in text.split("x")]
 
 
 def read_prompts(path: Path) -> list[str]:

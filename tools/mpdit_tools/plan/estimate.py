@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from mpdit.config import Config
+from mpdit.data.buckets import Size
 from mpdit_tools.plan import memory, timeline
 from mpdit_tools.plan.gpus import Machine
 from mpdit_tools.plan.memory import Memory
@@ -47,6 +48,7 @@ class Estimate:
     data_s: float  # of gradients' and weights' exchange, what no computing hides
     update_s: float  # of the optimizer and the averaged weights
     peak_flops_s: float
+    bucket_flops: dict[Size, int] = dataclasses.field(default_factory=dict)  # an image's; all else is the largest's
 
     @property
     def step_s(self) -> float:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from mpdit import models
 from mpdit.config import Config, Parallel
+from mpdit.data import buckets
+from mpdit.data.buckets import Size
 from mpdit.models import repa
 from mpdit.models.layers import Inputs
 from mpdit.parallel import context, imagined, stages
-from mpdit.parallel.stages import Parts, Stage, Stream
+from mpdit.parallel.stages import Grid, Parts, Stage, Stream
 from mpdit.train import batches
 from mpdit.train.batches import Batch
 from mpdit_tools.plan.record import Saved, Work, recorded
@@ -67,8 +69,9 @@ class Chunk:
         return sum(sum(part.parameters.values()) for part in self.parts)
 
 
-def measure(config: Config) -> list[Part]:
-    """The network's parts in depth order, as a rank of `config`'s tensor and context layout has them.
+def measure(config: Config, size: Size | None = None) -> list[Part]:
+    """The network's parts in depth order, as a rank of `config`'s tensor and context layout has them, for images of
+    `size`, by default the largest bucket's.
 
     `config` has its micro-batch and vocabulary (mpdit.train.preflight). No memory is taken, no rank started. How the
     parts lie on pipeline stages changes nothing in them: see :func:`on_stages`.
@@ -79,22 +82,28 @@ def measure(config: Config) -> list[Part]:
         ctx = context.build(config)
         network = models.parts(ctx)
         (stage,) = stages.build(ctx, network, repa.auxiliary(ctx, network))
-        return list(_Runner(config, stage, _batch(config, mode)).parts(network))
+        return list(_Runner(config, stage, _batch(config, mode, size or buckets.largest(config))).parts(network))
 
 
-def measure_whole(config: Config) -> list[Part]:
+def measure_whole(config: Config, size: Size | None = None) -> list[Part]:
     """:func:`measure` on a single rank with the same micro-batch: what has to be done, whatever a layout adds."""
     alone = Parallel(micro_batch=config.parallel.micro_batch, precision=config.parallel.precision)
-    return measure(dataclasses.replace(config, parallel=alone))
+    return measure(dataclasses.replace(config, parallel=alone), size)
+
+
+def flops_per_image(config: Config, whole: Sequence[Part]) -> int:
+    """Forward and backward of one image in parts of :func:`measure_whole`, nothing computed twice."""
+    work = sum(part.piece.forward.flops + part.piece.backward.flops for part in whole)
+    return work // config.parallel.micro_batch
 
 
 def on_stages(config: Config, parts: Sequence[Part]) -> list[Chunk]:
-    """The chunks of `config`'s pipeline, in depth order. Raises InputError where the depth can't be split so."""
+    """The chunks of `config`'s pipeline, in depth order, for its largest bucket. Raises InputError where the depth
+    can't be split so."""
     ranges = stages.split(config)
     ctx = context.build(config)
-    ways = config.parallel.cp * (config.parallel.tp if config.parallel.sp else 1)
-    tokens = models.crossing(ctx).sequence_length // ways
-    packed_bytes = tokens * config.parallel.micro_batch * config.model.width * ctx.dtype.itemsize
+    packed = models.crossing(ctx, *buckets.largest(config)).packed
+    packed_bytes = packed * config.parallel.micro_batch * config.model.width * ctx.dtype.itemsize
     last = len(ranges) - 1
     return [
         Chunk(
@@ -113,11 +122,11 @@ def on_stages(config: Config, parts: Sequence[Part]) -> list[Chunk]:
     ]
 
 
-def _batch(config: Config, mode: Any) -> Batch:
+def _batch(config: Config, mode: Any, image: Size) -> Batch:
     """A micro-batch of the right shapes and types, its numbers never looked at."""
     model, size = config.model, config.parallel.micro_batch
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
-        images_BCHW = torch.zeros(size, model.channels, model.image_size, model.image_size)
+        images_BCHW = torch.zeros(size, model.channels, *image)
         text = torch.zeros((size, model.text_tokens), dtype=torch.long)
         if model.text_dim and model.arch != "dit":
             text = torch.zeros(size, model.text_tokens, model.text_dim)
@@ -126,7 +135,7 @@ def _batch(config: Config, mode: Any) -> Batch:
     assert real.target_SBP is not None
     teacher_SBF = None
     if config.objective.repa_weight:
-        tokens = stages.image_tokens(model) // config.parallel.cp
+        tokens = Grid.of(model, *image).tokens // config.parallel.cp
         teacher_SBF = torch.zeros(tokens, size, repa.teacher_features(config.objective))
     return dataclasses.replace(
         real,
@@ -153,17 +162,18 @@ class _Runner:
 
     def parts(self, network: Parts) -> Iterator[Part]:
         stage, inputs, depth = self.stage, self.batch.inputs, self.config.model.depth
+        image = Grid.of(self.config.model, self.batch.height, self.batch.width)
 
         def loss(*streams: Tensor) -> tuple[Tensor]:
             return (batches.loss(self.config, stage.head(*streams), self.batch),)
 
         yield self._part("embed", stage.embed, lambda: stage.embed(inputs), [])
         for name, block in stage.blocks.items():
-            yield self._part("block", block, block, network.streams(int(name)), int(name))
+            yield self._part("block", block, block, network.streams(int(name), image), int(name))
             if stage.auxiliary is not None and int(name) == stage.auxiliary.block:
-                streams = network.streams(int(name) + 1)
+                streams = network.streams(int(name) + 1, image)
                 yield self._part("repa", stage.repa, lambda *s: (stage.repa(s, inputs),), streams, int(name))
-        yield self._part("head", stage.head, loss, network.streams(depth))
+        yield self._part("head", stage.head, loss, network.streams(depth, image))
 
     def _part(
         self, name: str, module: nn.Module, run: Callable[..., Any], streams: list[Stream], block: int | None = None

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from mpdit.config import Config, to_dict
+from mpdit.data import buckets
 from mpdit_tools.plan.estimate import Estimate
 from mpdit_tools.plan.gpus import Machine
 from mpdit_tools.plan.memory import Memory
@@ -27,6 +28,7 @@ def as_json(plan: Estimate, config: Config, gpu: str, machine: Machine) -> dict[
         "rank_parameters": list(plan.rank_parameters),
         "model_flops_per_step": plan.model_flops,
         "model_flops_per_image": plan.model_flops // config.train.batch_size,
+        "buckets": [{"size": list(size), "model_flops_per_image": work} for size, work in plan.bucket_flops.items()],
         "rank_flops_per_step": list(plan.rank_flops),
         "memory_bytes": [{**dataclasses.asdict(one), "peak": one.peak} for one in plan.memory],
         "sent_bytes_per_step": dataclasses.asdict(plan.traffic),
@@ -60,6 +62,7 @@ def text(plan: Estimate, config: Config, gpu: str, machine: Machine, note: str =
         f"parameters   {_span(plan.rank_parameters)} a GPU",
         f"work         {_si(plan.model_flops)}FLOP a step of {train.batch_size:,} images, "
         f"{_si(plan.model_flops / train.batch_size)}FLOP an image",
+        *_buckets(plan, config),
         f"bubble       {plan.timeline.bubble:.1%} of the pipeline's time",
         "sent         " + ", ".join(f"{k} {_gb(v)}" for k, v in dataclasses.asdict(plan.traffic).items() if v)
         + " a GPU and step"
@@ -76,6 +79,16 @@ def text(plan: Estimate, config: Config, gpu: str, machine: Machine, note: str =
         f"assumed      {_efficiencies(machine)}",
     ]  # fmt: skip
     return "\n".join([*lines, *([f"note         {note}"] if note else [])])
+
+
+def _buckets(plan: Estimate, config: Config) -> list[str]:
+    """A line a bucket; all else is planned for the largest."""
+    most = buckets.largest(config)
+    return [
+        f"{'' if number else 'buckets':<13}{height} x {width}: {_si(work)}FLOP an image"
+        + (", of which are all other numbers here" if (height, width) == most else "")
+        for number, ((height, width), work) in enumerate(plan.bucket_flops.items())
+    ]
 
 
 def _axes(config: Config, plan: Estimate) -> list[tuple[str, int]]:

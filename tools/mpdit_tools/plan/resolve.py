@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpdit import config as configs
 from mpdit.config import Config, Parallel
+from mpdit.data import buckets
 from mpdit.errors import InputError
 from mpdit_tools.plan.gpus import Machine
 
@@ -43,17 +44,22 @@ def of(config: Config, gpus: int, machine: Machine) -> "tuple[Estimate, Config]"
         raise InputError(f"--gpus is {gpus}; it should be at least 1.")
     resolved = resolve(config, gpus)
     chunks = pieces.on_stages(resolved, pieces.measure(resolved))
-    return estimate.estimate(resolved, chunks, pieces.measure_whole(resolved), gpus, machine), resolved
+    plan = estimate.estimate(resolved, chunks, pieces.measure_whole(resolved), gpus, machine)
+    work = {
+        size: pieces.flops_per_image(resolved, pieces.measure_whole(resolved, size))
+        for size in (buckets.of_config(resolved) if resolved.data.buckets else ())
+    }
+    return dataclasses.replace(plan, bucket_flops=work), resolved
 
 
 def flops_per_image(config: Config) -> int:
-    """Forward and backward of one image, nothing computed twice. Raises InputError as :func:`of` does."""
+    """Forward and backward of one square image, nothing computed twice. Raises InputError as :func:`of` does."""
     from mpdit_tools.plan import pieces
 
     alone = dataclasses.replace(config, parallel=Parallel(precision=config.parallel.precision))
     resolved = resolve(alone, gpus=1)
-    work = [part.piece.forward.flops + part.piece.backward.flops for part in pieces.measure_whole(resolved)]
-    return sum(work) // resolved.parallel.micro_batch
+    square = (config.model.image_size, config.model.image_size)
+    return pieces.flops_per_image(resolved, pieces.measure_whole(resolved, square))
 
 
 def resolve(config: Config, gpus: int) -> Config:

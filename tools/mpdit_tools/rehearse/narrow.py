@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit.config import Config, Parallel
+from mpdit.data import buckets
 from mpdit.errors import CheckFailed
 
 STEPS = 3
@@ -19,7 +20,8 @@ _LOSS_BOUND = 1e-5  # relative, fp32: as between any two layouts
 def narrowed(config: Config, data_ranks: int) -> Config:
     """`config` with as few and as thin heads as its layout allows, one data-parallel rank, a few small steps in fp32.
 
-    Kept: the depth and its split, the schedule, the number of micro-batches, and what the network is made of.
+    Kept: the depth and its split, the schedule, the number of micro-batches, and what the network is made of. Of
+    several buckets the largest.
     """
     parallel, train = config.parallel, config.train
     heads = parallel.tp * parallel.cp
@@ -38,6 +40,7 @@ def narrowed(config: Config, data_ranks: int) -> Config:
             adaln_init="hidden",
             readout_init="base",
         ),
+        data=dataclasses.replace(config.data, buckets=(buckets.largest(config),) if config.data.buckets else ()),
         optim=dataclasses.replace(config.optim, lr=1e-3, warmup_steps=0, schedule="constant"),
         parallel=dataclasses.replace(
             parallel, micro_batch=1, precision="fp32", overlap_grad_reduce=False, overlap_param_gather=False
