@@ -114,11 +114,14 @@ class Data:
     """Shards made by ``mpdit data build``."""
 
     path: str = "data/icons"
+    more: tuple[str, ...] = ()  # folders of further data sets, trained on together with path's
+    weights: tuple[float, ...] = ()  # each set's share of the batches, path's first; empty: as many as it has samples
     text: Literal["sentencepiece", "labels"] = "sentencepiece"  # labels: a caption is the name of a class
     caption_drop: float = 0.1  # share of captions replaced by the empty one, for guidance
     mirror: bool = False  # flip half of the images left to right
     buckets: tuple[tuple[int, ...], ...] = ()  # [height, width] pixels; empty: the square of model.image_size
     workers: int = 1  # DALI threads a rank
+    max_bad_fraction: float = 0.01  # the run stops when more of the training samples turn out to be damaged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,13 +255,13 @@ def build(cls: type[T], tree: Any, source: str) -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dicts and lists: what YAML and JSON can hold."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 
 def flat(config: Any) -> dict[str, Any]:

@@ -3,14 +3,11 @@
 Sizes are (height, width) pairs in pixels; N images.
 """
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from mpdit.config import Config
-from mpdit.errors import InputError
 
 Size = tuple[int, int]
 
@@ -36,17 +33,3 @@ def nearest_bucket(sizes_N2: np.ndarray, buckets: Sequence[Sequence[int]]) -> np
     tall, wide = sizes[:, :1] * wanted[:, 1], sizes[:, 1:] * wanted[:, 0]
     found: np.ndarray = np.argmin(np.maximum(tall, wide) / np.minimum(tall, wide), axis=1)
     return found
-
-
-_TURNED = {5, 6, 7, 8}  # EXIF orientations that exchange rows and columns, which DALI applies when it decodes
-
-
-def image_size(encoded: bytes, name: str) -> Size:
-    """(height, width) that an encoded image is decoded to, out of its header. Raises InputError, naming it `name`."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112) in _TURNED
-    except Exception as error:  # whatever Pillow says of damaged files
-        raise InputError(f"{name}: is damaged or no image; it should be PNG, JPEG or WebP.") from error
-    return (width, height) if turned else (height, width)

@@ -1,39 +1,28 @@
-"""Captioned images in tar shards: opened, checked against manifest and index, read by sample number.
+"""Captioned images in tar shards: opened, checked against manifest, index and table, read by sample number.
 
 A data set is a folder with ``manifest.json``, webdataset tars (``KEY.png KEY.txt KEY.json`` a sample) and, beside each
-tar, an index in the text format of DALI's ``wds2idx`` v1.2, which says where in the tar each member's bytes are.
+tar, an index that says where in it each member's bytes are and a table of the images' sizes and of checksums
+(``mpdit.data.index``). The manifest has the SHA-256 of each of them, of the tokenizer, and of itself.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
-import mmap
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mpdit.data import index
+from mpdit.data.index import Shard
 from mpdit.errors import InputError
 
-FORMAT = "mpdit-shards/1"
-IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
-_BLOCK = 512  # tar's block: a header, then the member's bytes, padded
+FORMAT = "mpdit-shards/2"
 _OPEN_TARS = 128  # more than a node's shards of a small set, well under the usual limit of 1024 open files
 _BUILD_HINT = "`mpdit data build icons --out FOLDER` makes one"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """A tar and its index, as the manifest has them."""
-
-    tar: Path
-    index: Path
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,41 +34,51 @@ class TokenizerFile:
     vocab_size: int
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
-    """One file in a tar: `size` bytes at `offset`."""
+class BadSample(Exception):
+    """One sample of a sound set can't be used, although its shard was whole when it was opened: a bit has flipped."""
 
-    name: str
-    offset: int
-    size: int
+    def __init__(self, sample: int, where: str, reason: str) -> None:
+        """`where`: its tar and member, for people; `reason`: a short phrase out of a small set, to count by."""
+        super().__init__(sample, where, reason)
+        self.sample, self.where, self.reason = sample, where, reason
+
+    def __str__(self) -> str:
+        return f"{self.where}: sample {self.sample}: {self.reason}"
 
 
 class Shards:
     """The samples of one split, numbered 0 … len - 1 in the manifest's order. Reading is thread-safe and fork-safe."""
 
     def __init__(
-        self, folder: Path, split: str, manifest: dict[str, Any], shards: list[Shard], spans: np.ndarray
+        self,
+        folder: Path,
+        split: str,
+        manifest: dict[str, Any],
+        shards: list[Shard],
+        spans: np.ndarray,
+        table: np.ndarray,
     ) -> None:
-        """`spans`: int64 (samples, 4) image offset and size, caption offset and size. Use :meth:`open`."""
+        """`spans`, `table`: int64 (samples, 4), as ``mpdit.data.index.read`` gives them. Use :meth:`open`."""
         self.folder = folder
         self.split = split
         self.manifest = manifest
         self.name: str = manifest["name"]
-        self.size: int = manifest["size"]  # pixels a side of the stored images
+        self.size: int = manifest["size"]  # pixels a side of square images; of others, of a square of about their area
         self.shards = shards
         self.tokenizer = _tokenizer(folder, manifest)
         self.classes = _classes(folder, manifest)
         self.fingerprint = hashlib.sha256("\n".join(shard.sha256 for shard in shards).encode()).hexdigest()
-        self._spans = spans
+        self.sizes = table[:, :2]  # int64 (samples, 2): height, width of the stored image
+        self._spans, self._sums = spans, table[:, 2:]
         self._firsts = np.cumsum([0] + [shard.samples for shard in shards])
         self._tar = functools.lru_cache(maxsize=_OPEN_TARS)(lambda number: _File(shards[number].tar))
 
     @classmethod
     def open(cls, path: str | Path, split: str) -> "Shards":
-        """Open a split of the data set in folder `path` and check manifest, indices and every tar header.
+        """Open a split of the data set in folder `path` and check manifest, indices, tables and tar headers.
 
-        Raises InputError for a folder that is no data set, a split that is not there, and a tar or index that is
-        missing, cut short or not the one the manifest was written for. Only :meth:`verify` reads the tars' contents.
+        Raises InputError for a folder that is no data set, a split that is not there, and a tar, index or table that
+        is missing, cut short or not the one the manifest was written for. Only :meth:`verify` reads all of the tars.
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
@@ -93,32 +92,34 @@ class Shards:
                 f"{where}.samples is {total}, but its shards add up to {sum(s.samples for s in shards)}: "
                 f"they should be the same and more than 0."
             )
-        for shard in shards:
-            _check_files(shard)
-        spans = np.concatenate([_spans(shard, _read_index(shard)) for shard in shards])
-        return cls(folder, split, manifest, shards, spans)
+        spans, tables = zip(*map(index.read, shards), strict=True)
+        return cls(folder, split, manifest, shards, np.concatenate(spans), np.concatenate(tables))
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def read(self, sample: int) -> tuple[bytes, str]:
-        """The encoded image and the caption. Raises IndexError out of range, InputError when the tar changed since."""
+        """The encoded image and the caption.
+
+        Raises IndexError out of range, and BadSample when the bytes are not those that were built: a bit has flipped,
+        or the tar was cut short or replaced while in use. What the disk itself refuses is an OSError.
+        """
         offset, size, _, _ = self._span(sample)
-        return self._pread(sample, offset, size), self.caption(sample)
+        return self._bytes(sample, 0, offset, size), self.caption(sample)
 
     def caption(self, sample: int) -> str:
         """The caption, without the white space around it. Raises as :meth:`read` does."""
         _, _, offset, size = self._span(sample)
         try:
-            return self._pread(sample, offset, size).decode().strip()
+            return self._bytes(sample, 1, offset, size).decode().strip()
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.where(sample)}: the caption is not UTF-8; rebuild the data set.") from error
+            raise BadSample(sample, self.where(sample), "caption not UTF-8") from error
 
     def where(self, sample: int) -> str:
         """The sample's tar and member name, for messages."""
         number = self._number(sample)
-        header = self._tar(number).pread(_BLOCK, self._span(sample)[0] - _BLOCK)
-        return f"{self.shards[number].tar}: {_header_name(header)}"
+        header = self._tar(number).pread(index.BLOCK, self._span(sample)[0] - index.BLOCK)
+        return ": ".join(filter(None, (str(self.shards[number].tar), index.member_name(header))))
 
     def verify(self) -> None:
         """Read every tar and compare its SHA-256 with the manifest's. Raises InputError for the first that differs."""
@@ -128,7 +129,7 @@ class Shards:
             if found != shard.sha256:
                 raise InputError(
                     f"{shard.tar}: has SHA-256 {found[:16]}…, but the manifest says {shard.sha256[:16]}…: "
-                    f"it is damaged; copy it again or rebuild the data set."
+                    f"it is damaged; copy it again or build the set anew."
                 )
 
     def _span(self, sample: int) -> list[int]:
@@ -139,11 +140,13 @@ class Shards:
     def _number(self, sample: int) -> int:
         return int(np.searchsorted(self._firsts, sample, side="right")) - 1
 
-    def _pread(self, sample: int, offset: int, size: int) -> bytes:
-        number = self._number(sample)
-        data = self._tar(number).pread(size, offset)
+    def _bytes(self, sample: int, what: int, offset: int, size: int) -> bytes:
+        """`what`: 0 the image's, 1 the caption's."""
+        data = self._tar(self._number(sample)).pread(size, offset)
         if len(data) != size:
-            raise InputError(f"{self.shards[number].tar}: was cut short while in use; restore the file.")
+            raise BadSample(sample, self.where(sample), "tar cut short")
+        if zlib.crc32(data) != self._sums[sample, what]:
+            raise BadSample(sample, self.where(sample), ("image damaged", "caption damaged")[what])
         return data
 
 
@@ -177,29 +180,42 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: {what}; {_BUILD_HINT}.")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read as JSON ({error}); rebuild the data set.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: can't be read as JSON ({error}); build the data set again.") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise InputError(f"{path}: format is {found!r}, but this version reads {FORMAT!r}; rebuild the data set.")
-    for key, kind in (("name", str), ("size", int), ("splits", dict)):
+        raise InputError(
+            f"{path}: format is {_short(found)}, but this version reads {FORMAT!r}; build the data set again."
+        )
+    for key, kind in (("name", str), ("size", int), ("splits", dict), ("manifest_sha256", str)):
         _get(manifest, key, kind, str(path))
+    if manifest["manifest_sha256"] != manifest_sha256(manifest):
+        raise InputError(
+            f"{path}: has another SHA-256 than it says itself: it was changed; copy it again or build the set anew."
+        )
     return manifest
+
+
+def manifest_sha256(manifest: dict[str, Any]) -> str:
+    """What ``manifest_sha256`` in a manifest should be: the hash of all else in it, however it is written down."""
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _get(tree: Any, key: str, kind: type, where: str) -> Any:
     value = tree.get(key) if isinstance(tree, dict) else None
     if type(value) is not kind:
         wanted = {int: "a whole number", str: "a text", list: "a list", dict: "an object"}[kind]
-        raise InputError(f"{where}: {key} is {value!r}, but should be {wanted}; rebuild the data set.")
+        raise InputError(f"{where}: {key} is {_short(value)}, but should be {wanted}; build the data set again.")
     return value
 
 
 def _plain(folder: Path, tree: Any, key: str, where: str) -> Path:
     """The file named by `key`: a bare name, so that a manifest can't reach outside its folder."""
     name = _get(tree, key, str, where)
-    if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-        raise InputError(f"{where}: {key} is {name!r}, but should be the plain name of a file in {folder}.")
+    odd = "\\" in name or "\0" in name or len(name.encode(errors="replace")) > 255
+    if name in ("", ".", "..") or Path(name).name != name or odd:
+        raise InputError(f"{where}: {key} is {_short(name)}, but should be the plain name of a file in {folder}.")
     return folder / name
 
 
@@ -207,10 +223,12 @@ def _shard(folder: Path, tree: Any, where: str) -> Shard:
     return Shard(
         tar=_plain(folder, tree, "tar", where),
         index=_plain(folder, tree, "index", where),
+        table=_plain(folder, tree, "table", where),
         samples=_get(tree, "samples", int, where),
         bytes=_get(tree, "bytes", int, where),
         sha256=_get(tree, "sha256", str, where),
         index_sha256=_get(tree, "index_sha256", str, where),
+        table_sha256=_get(tree, "table_sha256", str, where),
     )
 
 
@@ -248,98 +266,3 @@ def class_names(value: Any, where: str) -> tuple[str, ...]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-# ---- tar and index ---------------------------------------------------------------------------------------------------
-
-
-def _check_files(shard: Shard) -> None:
-    for path in (shard.tar, shard.index):
-        if not path.is_file():
-            raise InputError(
-                f"{path}: is in the manifest but not in the folder; copy it there or rebuild the data set."
-            )
-    if (found := shard.tar.stat().st_size) != shard.bytes:
-        raise InputError(
-            f"{shard.tar}: is {found} bytes long, but the manifest says {shard.bytes}: "
-            f"it was cut short or replaced; copy it again or rebuild the data set."
-        )
-
-
-def _read_index(shard: Shard) -> list[dict[str, Member]]:
-    """The members of each sample by extension. Raises InputError when the index is not the manifest's or not v1.2."""
-    text = shard.index.read_bytes()
-    if hashlib.sha256(text).hexdigest() != shard.index_sha256:
-        raise InputError(
-            f"{shard.index}: has another SHA-256 than the manifest's: it was changed or is another shard's; "
-            f"copy it again or rebuild the data set."
-        )
-    try:
-        head, *lines = text.decode().splitlines()
-        version, count = head.split()
-        rows = [line.split() for line in lines]
-        samples = [
-            {ext: Member(name=name, offset=int(offset), size=int(size)) for ext, offset, size, name in _fours(row)}
-            for row in rows
-        ]
-        if version != "v1.2" or int(count) != len(samples):
-            raise ValueError
-    except ValueError as error:
-        raise InputError(f"{shard.index}: is not an index in DALI's v1.2 format; rebuild the data set.") from error
-    if len(samples) != shard.samples:
-        raise InputError(
-            f"{shard.index}: lists {len(samples)} samples, but the manifest says {shard.samples}; rebuild the data set."
-        )
-    return samples
-
-
-def _fours(row: list[str]) -> "zip[tuple[str, ...]]":
-    if not row or len(row) % 4:
-        raise ValueError
-    return zip(*(row[i::4] for i in range(4)), strict=True)
-
-
-def _spans(shard: Shard, samples: list[dict[str, Member]]) -> np.ndarray:
-    """int64 (samples, 4): image offset and size, caption offset and size; every member's tar header is checked."""
-    spans = np.empty((len(samples), 4), np.int64)
-    with shard.tar.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-        for row, members in enumerate(samples):
-            images = [ext for ext in IMAGE_TYPES if ext in members]
-            if len(images) != 1 or "txt" not in members:
-                raise InputError(
-                    f"{shard.index}: sample {row} has members {', '.join(members)}, but should have one image "
-                    f"({', '.join(IMAGE_TYPES)}) and one txt; rebuild the data set."
-                )
-            key = members["txt"].name.removesuffix("txt")
-            for ext, member in members.items():
-                if member.name != key + ext or not _header_fits(tar, shard.bytes, member):
-                    raise InputError(
-                        f"{shard.index}: says that {member.name} is {member.size} bytes at {member.offset}, but in "
-                        f"{shard.tar.name} it is not: the two don't belong together; rebuild the data set."
-                    )
-            image, text = members[images[0]], members["txt"]
-            spans[row] = image.offset, image.size, text.offset, text.size
-    return spans
-
-
-def _header_fits(tar: mmap.mmap, length: int, member: Member) -> bool:
-    start = member.offset - _BLOCK
-    if start < 0 or member.offset % _BLOCK or member.size < 0 or member.offset + member.size > length:
-        return False
-    header = tar[start : member.offset]
-    is_file = header[156:157] in (b"0", b"\0")
-    return is_file and _octal(header[124:136]) == member.size and _header_name(header) == member.name
-
-
-def _header_name(header: bytes) -> str:
-    name = header[:100].rstrip(b"\0")
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].rstrip(b"\0") + b"/" + name
-    return name.decode(errors="replace")
-
-
-def _octal(field: bytes) -> int:
-    try:
-        return int(field.rstrip(b"\0 "), 8)
-    except ValueError:
-        return -1

@@ -105,6 +105,14 @@ def gather_over_stages(value: Any) -> list[Any]:
     return values
 
 
+def gather_objects_over_data(value: Any) -> list[Any]:
+    """`value` of every data-parallel rank of this place in the model, in rank order."""
+    group = parallel_state.get_data_parallel_group()
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def decided_by_rank_0(decide: Callable[[], Any]) -> Any:
     """What `decide()` returns on rank 0, on every rank; an InputError that it raises there is raised on all."""
     box: list[Any] = [None]

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from mpdit import objective
 from mpdit.config import Config, Objective
-from mpdit.data import buckets
-from mpdit.data.decode import Loader, decode
+from mpdit.data import buckets, loader
+from mpdit.data.loader import Loader
+from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
-from mpdit.data.shards import Shards
 from mpdit.data.text import Tokenizer
 from mpdit.models import repa
 from mpdit.models.layers import Inputs, patchify
@@ -120,18 +120,16 @@ def with_features(batch: Batch, teacher: Teacher, images_BCHW: Tensor) -> Batch:
 class TrainFeed:
     """This rank's micro-batches, step after step from `start_step`. Threads start here: build it after any fork."""
 
-    def __init__(self, config: Config, shards: Shards, plan: Plan, tokenizer: Tokenizer, start_step: int) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: Config, shards: Mixture, plan: Plan, tokenizer: Tokenizer, start_step: int) -> None:
+        self.config, self.tokenizer, self.plan, self.step = config, tokenizer, plan, start_step
         self.micro_batches = plan.share(groups.data_size(), config.parallel.micro_batch) // config.parallel.micro_batch
         self.teacher = own_teacher(config)
-        self.height = self.width = config.model.image_size
         self.loader: Loader | None = None
         if groups.is_first_stage() or groups.is_last_stage() or self.teacher is not None:
             self.loader = Loader(
                 shards,
                 plan,
                 micro_batch=config.parallel.micro_batch,
-                image_size=(self.height, self.width),
                 channels=config.model.channels,
                 dp_rank=groups.data_rank(),
                 dp_size=groups.data_size(),
@@ -146,11 +144,13 @@ class TrainFeed:
 
     def next(self) -> list[Batch]:
         """The micro-batches of the next step."""
-        return [self._micro_batch() for _ in range(self.micro_batches)]
+        height, width = self.plan.height_width(self.step)
+        self.step += 1
+        return [self._micro_batch(height, width) for _ in range(self.micro_batches)]
 
-    def _micro_batch(self) -> Batch:
+    def _micro_batch(self, height: int, width: int) -> Batch:
         if self.loader is None:
-            return Batch(size=self.config.parallel.micro_batch, height=self.height, width=self.width)
+            return Batch(size=self.config.parallel.micro_batch, height=height, width=width)
         m = self.loader.next()
         ids, visits = m.sample_ids.numpy(), m.visits.numpy()
         batch = batch_of(self.config, self.tokenizer, m.images, m.captions, ids, visits, drop_captions=True)
@@ -161,30 +161,25 @@ class TrainFeed:
             self.loader.close()
 
 
-def validation_samples(shards: Shards, count: int) -> np.ndarray:
+def validation_samples(shards: Mixture, count: int) -> np.ndarray:
     """Up to `count` sample ids, spread evenly over the set: the same in every layout."""
     return np.unique(np.linspace(0, len(shards) - 1, min(count, len(shards))).round().astype(np.int64))
 
 
-def validation_batches(config: Config, shards: Shards, tokenizer: Tokenizer) -> list[list[Batch]]:
+def validation_batches(config: Config, shards: Mixture, tokenizer: Tokenizer) -> list[list[Batch]]:
     """This rank's share of the validation set with fixed noise and times: a list of micro-batches for each shape.
 
     Each list is padded with weightless images to divide. Losses are weighted so that those of all lists add up to the
-    mean over all images. Raises InputError for an image that can't be read.
+    mean over all images.
     """
     ids = validation_samples(shards, config.train.val_images)
     sizes = buckets.of_config(config)
-    number = buckets.nearest_bucket(_image_sizes(shards, ids), sizes) if len(sizes) > 1 else np.zeros(len(ids), int)
+    number = buckets.nearest_bucket(shards.sizes[ids], sizes)
     return [
         list(_fixed_batches(config, shards, tokenizer, size, *_share(config, ids[number == n], len(ids))))
         for n, size in enumerate(sizes)
         if (number == n).any()
     ]
-
-
-def _image_sizes(shards: Shards, ids: np.ndarray) -> np.ndarray:
-    """(height, width) of stored images, [N, 2], out of their headers."""
-    return np.array([buckets.image_size(shards.read(int(i))[0], shards.where(int(i))) for i in ids])
 
 
 def _share(config: Config, ids: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +193,7 @@ def _share(config: Config, ids: np.ndarray, images: int) -> tuple[np.ndarray, np
 
 
 def _fixed_batches(
-    config: Config, shards: Shards, tokenizer: Tokenizer, image: buckets.Size, ids: np.ndarray, weight: np.ndarray
+    config: Config, shards: Mixture, tokenizer: Tokenizer, image: buckets.Size, ids: np.ndarray, weight: np.ndarray
 ) -> Iterator[Batch]:
     size, (height, width) = config.parallel.micro_batch, image
     for start in range(0, len(ids), size):
@@ -206,9 +201,11 @@ def _fixed_batches(
         if not (groups.is_first_stage() or groups.is_last_stage()):
             yield Batch(size=size, height=height, width=width)
             continue
-        encoded, captions = zip(*(shards.read(int(i)) for i in ids[part]), strict=True)
-        names = [shards.where(int(i)) for i in ids[part]]
-        images_BCHW = decode(encoded, height, width, channels=config.model.channels, names=names, device=accel.device())
+        images_BCHW, captions, bad = loader.fixed(
+            shards, ids[part].tolist(), image, channels=config.model.channels, device=accel.device()
+        )
+        for sample in bad:
+            print(f"mpdit: {sample.where}: {sample.reason}; validation takes the next sample instead", flush=True)
         visits = np.full(size, draws.VALIDATION_VISIT)
         batch = batch_of(config, tokenizer, images_BCHW, captions, ids[part], visits, drop_captions=False)
         yield dataclasses.replace(batch, weight_B=torch.from_numpy(weight[part]).float().to(accel.device()))

@@ -14,8 +14,9 @@ import torch
 
 from mpdit.config import Config, dump, to_dict
 from mpdit.data import text
+from mpdit.data.loader import Reader
+from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
-from mpdit.data.shards import Shards
 from mpdit.errors import CheckFailed, InputError
 from mpdit.mup.table import rows
 from mpdit.parallel import groups
@@ -36,21 +37,16 @@ _GRID_PROMPTS = 16  # validation captions drawn when sample.prompts is empty
 class Sets:
     """The data of a run, opened and checked."""
 
-    train: Shards
-    val: Shards
+    train: Mixture
+    val: Mixture
     tokenizer: text.Tokenizer
     plan: Plan
 
     @classmethod
     def open(cls, config: Config) -> "Sets":
-        train, val = Shards.open(config.data.path, "train"), Shards.open(config.data.path, "val")
-        plan = Plan(
-            samples=len(train),
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            fingerprint=train.fingerprint,
-        )
-        return cls(train=train, val=val, tokenizer=text.of_data_set(config.data.text, train), plan=plan)
+        train, val = Mixture.open(config.data, "train"), Mixture.open(config.data, "val")
+        tokenizer = text.of_data_set(config.data.text, train.sets[0])
+        return cls(train=train, val=val, tokenizer=tokenizer, plan=train.plan(config))
 
 
 def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]:
@@ -270,7 +266,7 @@ class _Run:
     def _draw(self, done: int) -> None:
         config = self.config
         prompts = list(config.sample.prompts) or [
-            self.sets.val.caption(int(i)) for i in batches.validation_samples(self.sets.val, _GRID_PROMPTS)
+            Reader(self.sets.val).next_good(int(i))[2] for i in batches.validation_samples(self.sets.val, _GRID_PROMPTS)
         ]
         images = session.draw(self.run.network, config, prompts, self.sets.tokenizer)
         if self.recorder.first:

@@ -10,6 +10,7 @@ from typing import Any
 from mpdit import models
 from mpdit.config import Config, to_dict
 from mpdit.data import text
+from mpdit.data.mixture import Mixture
 from mpdit.data.shards import Shards
 from mpdit.errors import InputError
 from mpdit.models import repa
@@ -29,10 +30,10 @@ def check(config: Config, world: int) -> Config:
     """
     _run_dir(Path(config.run.dir))
     config = without_data(config, world)
-    shards = Shards.open(config.data.path, "train")
-    Shards.open(config.data.path, "val")
+    train = Mixture.open(config.data, "train")
+    Mixture.open(config.data, "val")
     _teacher(config)
-    return _vocabulary(config, shards)
+    return _vocabulary(config, train.sets[0])
 
 
 def without_data(config: Config, world: int) -> Config:
@@ -83,7 +84,7 @@ _BOUNDS = {
         ),
         (0, math.inf),
     ),
-    **dict.fromkeys(("data.caption_drop", "optim.final_lr_ratio", "train.ema_decay"), (0, 1)),
+    **dict.fromkeys(("data.caption_drop", "data.max_bad_fraction", "optim.final_lr_ratio", "train.ema_decay"), (0, 1)),
     **dict.fromkeys(("optim.beta1", "optim.beta2"), (0, 1 - 1e-9)),
     **dict.fromkeys(("train.seed", "sample.seed"), (0, 2**63 - 1)),
     "optim.eps": (1e-38, math.inf),  # below fp32's range it would be none

@@ -4,11 +4,14 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from mpdit.data.shards import FORMAT, manifest_sha256
 
 
 def pixels(sample: int, size: int = 16) -> np.ndarray:
@@ -27,12 +30,13 @@ def caption(sample: int) -> str:
 
 
 def write_shard(path: Path, first: int, samples: int, image: Callable[[int], bytes]) -> None:
-    """`path` and, with another suffix, its index."""
-    lines, offset = [f"v1.2 {samples}"], 0
+    """`path` and, with other suffixes, its index and its table."""
+    lines, offset, table = [f"v1.2 {samples}"], 0, []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in range(first, first + samples):
             members = {"png": image(sample), "txt": f"{caption(sample)}\n".encode(), "json": b'{"a": 1}'}
             words = []
+            table.append([*height_width(members["png"]), zlib.crc32(members["png"]), zlib.crc32(members["txt"])])
             for ext, data in members.items():
                 info = tarfile.TarInfo(f"{sample:08d}.{ext}")
                 info.size = len(data)
@@ -41,18 +45,29 @@ def write_shard(path: Path, first: int, samples: int, image: Callable[[int], byt
                 offset += 512 + -(-len(data) // 512) * 512
             lines.append(" ".join(words))
     path.with_suffix(".idx").write_text("\n".join(lines) + "\n")
+    np.save(path.with_suffix(".npy"), np.array(table, np.int64))
+
+
+def height_width(image: bytes) -> tuple[int, int]:
+    """Of the picture, or of the others where it is none."""
+    try:
+        return Image.open(io.BytesIO(image)).size[::-1]
+    except OSError:
+        return 16, 16
 
 
 def entry(tar: Path, samples: int) -> dict:
     """A shard as the manifest has it."""
-    index = tar.with_suffix(".idx")
+    index, table = tar.with_suffix(".idx"), tar.with_suffix(".npy")
     return {
         "tar": tar.name,
         "index": index.name,
+        "table": table.name,
         "samples": samples,
         "bytes": tar.stat().st_size,
         "sha256": hashlib.sha256(tar.read_bytes()).hexdigest(),
         "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest(),
+        "table_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
     }
 
 
@@ -68,18 +83,41 @@ def make_shards(
         shards.append(entry(tar, count))
         first += count
     manifest = {
-        "format": "mpdit-shards/1",
+        "format": FORMAT,
         "name": "tiny",
         "size": 16,
         "splits": {"train": {"samples": first, "shards": shards}},
         "tokenizer": {"file": "tokenizer.model", "sha256": "0" * 64, "vocab_size": 300},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     return folder
 
 
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """With the hash of what is in it, as a builder with a mistake would."""
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_sha256": manifest_sha256(manifest)}))
+
+
 def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
+
+
+def reseal(folder: Path) -> None:
+    """Make the checksums of tables and manifest fit tars that a test has changed, as if they had been built so."""
+
+    def change(manifest: dict) -> None:
+        for split in manifest["splits"].values():
+            for number, shard in enumerate(split["shards"]):
+                tar, table = folder / shard["tar"], np.load(folder / shard["table"])
+                data = tar.read_bytes()
+                for row, line in enumerate((folder / shard["index"]).read_text().splitlines()[1:]):
+                    words = line.split()
+                    for column, at in ((2, 0), (3, words.index("txt"))):
+                        offset, size = map(int, words[at + 1 : at + 3])
+                        table[row, column] = zlib.crc32(data[offset : offset + size])
+                np.save(folder / shard["table"], table)
+                split["shards"][number] = entry(tar, shard["samples"])
+
+    edit_manifest(folder, change)

@@ -1,35 +1,16 @@
+"""Encoded images to tensors: as Pillow decodes them, resized and cut as documented; the damaged ones are named."""
+
 import io
-import multiprocessing
-import os
-import threading
-import time
-from pathlib import Path
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.make_shards import caption, make_shards, pixels, png
-from mpdit.data.decode import Loader, MicroBatch, decode
-from mpdit.data.plan import Plan
-from mpdit.data.shards import Shards
+from data.make_shards import pixels, png
+from mpdit.data.decode import MAX_PIXELS, damaged, decode, header_fault
 from mpdit.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    return Shards.open(make_shards(tmp_path_factory.mktemp("decode") / "set", counts=(7, 4)), "train")
-
-
-def plan_of(shards: Shards, batch_size: int = 4) -> Plan:
-    return Plan(samples=len(shards), batch_size=batch_size, seed=3, fingerprint=shards.fingerprint)
-
-
-def take(shards: Shards, micro_batches: int, batch_size: int = 4, **settings) -> list[MicroBatch]:
-    settings = {"micro_batch": batch_size, "image_size": 16} | settings
-    with Loader(shards, plan_of(shards, batch_size), **settings) as loader:
-        return [loader.next() for _ in range(micro_batches)]
 
 
 def as_bytes(images_BCHW: torch.Tensor) -> np.ndarray:
@@ -39,81 +20,10 @@ def as_bytes(images_BCHW: torch.Tensor) -> np.ndarray:
     return scaled.round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def half_mirrored(sample_ids: np.ndarray, visits: np.ndarray) -> np.ndarray:
-    return (sample_ids + visits) % 2 == 1
-
-
 def encode(image: np.ndarray, kind: str, **settings) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, kind, **settings)
     return buffer.getvalue()
-
-
-def test_pictures_captions_and_ids_belong_together(shards: Shards) -> None:
-    plan = plan_of(shards)
-    for step, batch in enumerate(take(shards, 6)):
-        assert batch.step == step
-        assert batch.images.dtype == torch.float32
-        assert batch.images.shape == (4, 3, 16, 16)
-        assert batch.sample_ids.tolist() == plan.batch(step).sample_ids.tolist()
-        assert batch.visits.tolist() == plan.batch(step).visits.tolist()
-        assert batch.captions == [caption(sample) for sample in batch.sample_ids.tolist()]
-        assert np.array_equal(as_bytes(batch.images), [pixels(sample) for sample in batch.sample_ids.tolist()])
-
-
-def test_a_micro_batch_stays_as_it_is_while_others_are_decoded(shards: Shards) -> None:
-    with Loader(shards, plan_of(shards), micro_batch=4, image_size=16) as loader:
-        first = loader.next().images
-        copy = first.clone()
-        for _ in range(8):
-            loader.next()
-        assert torch.equal(first, copy)
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 12), (1, 3), (3, 4), (2, 2)])
-def test_same_bits_in_every_layout(shards: Shards, workers: int, dp_size: int, micro_batch: int) -> None:
-    """At a size that makes the resize work, two steps of a batch of 12 across the end of the epoch."""
-    wanted = torch.cat([batch.images for batch in take(shards, 2, 12, image_size=(10, 12), mirror=half_mirrored)])
-    micros = 12 // dp_size // micro_batch
-    ranks = [
-        take(
-            shards,
-            2 * micros,
-            12,
-            image_size=(10, 12),
-            mirror=half_mirrored,
-            workers=workers,
-            dp_rank=rank,
-            dp_size=dp_size,
-            micro_batch=micro_batch,
-        )
-        for rank in range(dp_size)
-    ]
-    found = [micro.images for step in range(2) for rank in ranks for micro in rank[step * micros : (step + 1) * micros]]
-    assert torch.equal(torch.cat(found), wanted)
-
-
-@pytest.mark.parametrize("micro_batch", [4, 2])
-def test_resume_needs_the_step_alone(shards: Shards, micro_batch: int) -> None:
-    micros = 4 // micro_batch
-    whole = take(shards, 9 * micros, micro_batch=micro_batch, mirror=half_mirrored)
-    resumed = take(shards, 4 * micros, micro_batch=micro_batch, mirror=half_mirrored, start_step=5)
-    for one, two in zip(whole[5 * micros :], resumed, strict=True):
-        assert one.step == two.step
-        assert torch.equal(one.images, two.images)
-        assert torch.equal(one.sample_ids, two.sample_ids)
-        assert torch.equal(one.visits, two.visits)
-
-
-def test_mirror(shards: Shards) -> None:
-    flips = 0
-    for plain, batch in zip(take(shards, 6), take(shards, 6, mirror=half_mirrored), strict=True):
-        flags = half_mirrored(batch.sample_ids.numpy(), batch.visits.numpy())
-        for image, original, flag in zip(batch.images, plain.images, flags, strict=True):
-            assert torch.equal(image, original.flip(-1) if flag else original)
-        flips += int(flags.sum())
-    assert 0 < flips < 24
 
 
 @pytest.mark.parametrize(("kind", "settings"), [("PNG", {}), ("JPEG", {"quality": 90}), ("WEBP", {"lossless": True})])
@@ -178,25 +88,6 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_image_is_named(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture) -> None:
-    folder = make_shards(tmp_path / "set", image=lambda sample: DAMAGE[kind] if sample == 5 else png(pixels(sample)))
-    with pytest.raises(InputError, match=r"train-00001.tar: 00000005.png: the image of sample 5 is damaged"):
-        take(Shards.open(folder, "train"), 3, batch_size=3)
-
-
-def test_damaged_image_comes_after_the_good_batches(tmp_path: Path) -> None:
-    folder = make_shards(tmp_path / "set", image=lambda sample: b"junk" if sample == 5 else png(pixels(sample)))
-    shards = Shards.open(folder, "train")
-    plan = plan_of(shards, 1)
-    place = next(step for step in range(9) if plan.batch(step).sample_ids == [5])
-    with Loader(shards, plan, micro_batch=1, image_size=16) as loader:
-        for step in range(place):
-            assert loader.next().step == step
-        with pytest.raises(InputError, match="sample 5"):
-            loader.next()
-
-
 def test_decode_names_the_damaged_image() -> None:
     images = [png(pixels(0)), b"junk", png(pixels(1))]
     with pytest.raises(InputError, match="image 1 of 3: is damaged"):
@@ -205,62 +96,29 @@ def test_decode_names_the_damaged_image() -> None:
         decode(images, 16, 16, names=["a", "b", "c"])
 
 
-def test_plan_of_other_shards_is_refused(shards: Shards) -> None:
-    plan = Plan(samples=len(shards), batch_size=4, seed=0, fingerprint="other")
-    with pytest.raises(ValueError, match="other shards"):
-        Loader(shards, plan, micro_batch=4, image_size=16)
+def test_the_damaged_ones_are_found_among_many() -> None:
+    images = [png(pixels(number)) for number in range(13)]
+    assert damaged(images, 3) == []
+    assert damaged([], 3) == []
+    for number, junk in zip((0, 6, 12), DAMAGE.values(), strict=False):
+        images[number] = junk
+    assert damaged(images, 3) == [0, 6, 12]
 
 
-def test_uneven_micro_batch_is_refused_before_a_thread_starts(shards: Shards) -> None:
-    with pytest.raises(InputError, match=r"parallel.micro_batch"):
-        Loader(shards, plan_of(shards), micro_batch=3, image_size=16)
+def bomb(height: int, width: int) -> bytes:
+    """A PNG whose header says so; its pixels are not there."""
+    head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    whole = png(pixels(0))
+    return whole[:12] + head + zlib.crc32(head).to_bytes(4, "big") + whole[33:]
 
 
-def test_close_ends_every_thread(shards: Shards) -> None:
-    before, python_threads = len(os.listdir("/proc/self/task")), threading.active_count()
-    loader = Loader(shards, plan_of(shards), micro_batch=4, image_size=16, workers=3)
-    loader.next()
-    assert len(os.listdir("/proc/self/task")) >= before + 3
-    loader.close()
-    loader.close()
-    patience = time.monotonic() + 5  # a thread that was joined may stay listed for a moment
-    while len(os.listdir("/proc/self/task")) > before and time.monotonic() < patience:
-        time.sleep(0.01)
-    assert len(os.listdir("/proc/self/task")) == before
-    assert threading.active_count() == python_threads
-    with pytest.raises(ValueError, match="closed"):
-        loader.next()
-
-
-def _in_child(shards: Shards, inherited: Loader, answers) -> None:
-    with pytest.raises(RuntimeError, match="another process"):
-        inherited.next()
-    answers.put(take(shards, 1)[0].images.numpy())
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_loader_built_after_a_fork_works(shards: Shards) -> None:
-    """Even when the parent has one of its own running."""
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    with Loader(shards, plan_of(shards), micro_batch=4, image_size=16) as loader:
-        wanted = loader.next().images
-        child = context.Process(target=_in_child, args=(shards, loader, answers))
-        child.start()
-        try:
-            found = answers.get(timeout=30)
-            child.join(30)
-        finally:
-            child.kill()
-        assert child.exitcode == 0
-        assert np.array_equal(found, wanted.numpy())
-        loader.next()
-
-
-@pytest.mark.gpu
-def test_gpu_decodes_nearly_the_same(shards: Shards) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device, on which images would be decoded")
-    for cpu, gpu in zip(take(shards, 4), take(shards, 4, device="cuda"), strict=True):
-        assert gpu.images.is_cuda
-        assert (gpu.images.cpu() - cpu.images).abs().max() <= 2 / 255
+def test_a_header_tells_junk_bombs_and_other_sizes() -> None:
+    good = encode(np.zeros((20, 30, 3), np.uint8), "JPEG")
+    assert header_fault(good, (20, 30)) is None
+    assert header_fault(good, (30, 20)) is None  # an EXIF note may lay it on its side
+    assert header_fault(good, (20, 20)) == "image of another size"
+    assert header_fault(b"", (20, 20)) == header_fault(b"junk", (20, 20)) == "no image"
+    side = int(MAX_PIXELS**0.5)
+    assert header_fault(bomb(side, side), (side, side)) is None
+    assert header_fault(bomb(side, side + 1), (side, side + 1)) == "image too large"
+    assert header_fault(bomb(60000, 60000), (60000, 60000)) == "image too large"

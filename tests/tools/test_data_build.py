@@ -35,9 +35,9 @@ def test_the_manifest_has_the_documented_keys(tmp_path):
     told = manifest(out)
     assert list(told) == [
         *("format", "name", "size", "splits", "tokenizer", "sources"),
-        *("licences", "styles", "dropped", "build", "build_hash"),
+        *("licences", "styles", "dropped", "build", "build_hash", "manifest_sha256"),
     ]
-    assert told["format"] == "mpdit-shards/1"
+    assert told["format"] == "mpdit-shards/2"
     assert told["size"] == 16
     files = tree(out)
     for split in told["splits"].values():
@@ -46,6 +46,7 @@ def test_the_manifest_has_the_documented_keys(tmp_path):
         for shard in split["shards"]:
             assert files.pop(shard["tar"]) == shard["sha256"]
             assert files.pop(shard["index"]) == shard["index_sha256"]
+            assert files.pop(shard["table"]) == shard["table_sha256"]
     assert files.pop("tokenizer.model") == told["tokenizer"]["sha256"]
     assert set(files) == {"manifest.json"}
     (entry,) = told["sources"]
@@ -86,7 +87,7 @@ def test_a_second_build_of_the_same_does_nothing_and_says_so(tmp_path, capsys):
     assert sum(told["samples"].values()) == 6
 
 
-@pytest.mark.parametrize("name", ["train-00000.tar", "train-00000.idx", "val-00000.idx", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["train-00000.tar", "train-00000.idx", "val-00000.npy", "tokenizer.model"])
 def test_a_damaged_build_is_built_again(tmp_path, name):
     source, out = write_folder(tmp_path / "mine", 6), tmp_path / "out"
     assert build("folder", source, "--out", out) == 0

@@ -25,7 +25,7 @@ def write(folder, rows, per_shard=5):
     folder.mkdir(exist_ok=True)
     with ShardWriter(folder, "train", per_shard=per_shard) as writer:
         for png, caption, meta in rows:
-            writer.add(png=png, caption=caption, meta=meta)
+            writer.add(png=png, height=3, width=4, caption=caption, meta=meta)
     return writer.shards
 
 

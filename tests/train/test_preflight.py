@@ -9,6 +9,7 @@ import pytest
 
 import ranks
 import tiny
+from data.make_shards import edit_manifest
 from mpdit.config import Config
 from mpdit.errors import InputError
 from train.bad_input import BAD, UVIT
@@ -140,11 +141,8 @@ def test_an_index_whose_offsets_are_not_the_tars_is_named(copy: Path) -> None:
     extension, offset, *tail = line.split()
     shifted = " ".join([extension, str(int(offset) + 512), *tail])
     index.write_text("\n".join([head, shifted, *rest]) + "\n")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    for shard in manifest["splits"]["train"]["shards"]:
-        if shard["index"] == index.name:
-            shard["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256(index.read_bytes()).hexdigest()
+    edit_manifest(copy, lambda m: m["splits"]["train"]["shards"][0].update(index_sha256=digest))
     said = refusal(copy)
     assert str(index) in said
     assert "don't belong together" in said
@@ -152,9 +150,7 @@ def test_an_index_whose_offsets_are_not_the_tars_is_named(copy: Path) -> None:
 
 def test_a_folder_without_a_manifest_or_a_split_is_named(copy: Path) -> None:
     manifest = copy / "manifest.json"
-    tree = json.loads(manifest.read_text())
-    del tree["splits"]["val"]
-    manifest.write_text(json.dumps(tree))
+    edit_manifest(copy, lambda m: m["splits"].pop("val"))
     assert f"{manifest}: has no split 'val'; it has train" in refusal(copy)
     manifest.unlink()
     assert f"{copy}: has no manifest.json, so it is not a data set" in refusal(copy)
@@ -162,7 +158,7 @@ def test_a_folder_without_a_manifest_or_a_split_is_named(copy: Path) -> None:
 
 def test_a_set_without_a_tokenizer_is_named(copy: Path) -> None:
     manifest = copy / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tokenizer": None}))
+    edit_manifest(copy, lambda m: m.update(tokenizer=None))
     assert f"{manifest} names no tokenizer" in refusal(copy)
 
 

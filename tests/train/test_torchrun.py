@@ -17,6 +17,7 @@ import yaml
 
 import ranks
 import tiny
+from data.make_shards import reseal
 from mpdit.data.plan import Plan
 from mpdit.data.shards import Shards
 
@@ -109,6 +110,7 @@ def test_an_image_that_one_rank_alone_reads_is_told_by_that_rank(
         offset, size = shards._span(victim)[:2]
         tar.seek(offset)
         tar.write(b"x" * size)
+    reseal(data)
     words = [str(yaml_file), f"data.path={data}", f"run.dir={tmp_path / 'run'}"]
     world = ranks.start(2, train_command, timeout_s=60, words=words)
     try:

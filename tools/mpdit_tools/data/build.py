@@ -75,7 +75,7 @@ def build(source: Source, options: Options, told: Progress) -> Result:
     arguments = {"name": source.name, "size": source.size, **source.arguments(), **options.arguments()}
     identity = build_hash(arguments, [f"{entry.name}@{entry.version} {entry.sha256}" for entry in provenance])
     there = read_manifest(options.out)
-    if there is not None and there["build_hash"] == identity:
+    if there is not None and there.get("build_hash") == identity:
         wrong = damage(options.out, there)
         if not wrong:
             return Result(manifest=there, built=False, seconds=time.monotonic() - start)
@@ -182,7 +182,8 @@ def _write_split(folder: Path, split: str, rows: Sequence[_Row], pictures: int, 
     with ShardWriter(folder, split, per_shard=per_shard) as writer:
         for row in rows:
             png = os.pread(pictures, row.length, row.offset)
-            writer.add(png=png, caption=row.sample.caption, meta=row.sample.meta)
+            sample = row.sample
+            writer.add(png=png, height=sample.height, width=sample.width, caption=sample.caption, meta=sample.meta)
     return {"samples": len(rows), "shards": [dataclasses.asdict(shard) for shard in writer.shards]}
 
 

@@ -42,6 +42,8 @@ class DigitJob:
         origin = f"{PACKAGE.name}:{self.digit}/{self.index}"
         return Sample(
             png=encode_png(resample(Image.frombytes("L", (SIDE, SIDE), self.pixels), self.size)),
+            height=self.size,
+            width=self.size,
             caption=CLASSES[self.digit],
             concept=origin,
             meta={"digit": self.digit, "index": self.index, "license": LICENCE},

@@ -39,6 +39,8 @@ class FileJob:
             return Drop(origin=self.origin, reason=error.reason, detail=error.detail)
         return Sample(
             png=png,
+            height=self.size,
+            width=self.size,
             caption=self.caption,
             concept=self.caption.casefold(),
             meta={"file": self.origin, "width": width, "height": height},

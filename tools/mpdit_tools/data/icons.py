@@ -114,6 +114,8 @@ class IconJob:
             return Drop(origin=self.origin, reason="not square", detail=f"drawn as {image.width} x {image.height}")
         return Sample(
             png=encode_png(image),
+            height=self.size,
+            width=self.size,
             caption=f"{self.emoji.label}, {self.style} style",
             concept=self.emoji.concept,
             meta={

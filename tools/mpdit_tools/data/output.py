@@ -11,33 +11,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mpdit.data.shards import manifest_sha256
 from mpdit.errors import InputError
-from mpdit_tools.data.shards import FORMAT
 
 LOCK = ".lock"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:
-    """The manifest of a finished build in ``out``; None when there is none or it is not one of ours."""
+    """The manifest of a finished build in ``out``, of any version; None when there is none or it is not one of ours."""
     try:
         manifest = json.loads((out / "manifest.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    ours = isinstance(manifest, dict) and str(manifest.get("format")).startswith("mpdit-shards/")
+    return manifest if ours else None
 
 
 def damage(out: Path, manifest: dict[str, Any]) -> str:
     """What is wrong with the files the manifest lists, as a phrase; empty when all are there with the right size.
 
-    Tars are compared by size, the small files (indices and tokenizer) by hash.
+    Tars are compared by size, the small files (manifest, indices, tables and tokenizer) by hash.
     """
+    if manifest.get("manifest_sha256") != manifest_sha256(manifest):
+        return "manifest.json is damaged"
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             if _size(out / shard["tar"]) != shard["bytes"]:
                 return f"{shard['tar']} is missing or has another size"
-            if _sha256(out / shard["index"]) != shard["index_sha256"]:
-                return f"{shard['index']} is missing or damaged"
+            for name in ("index", "table"):
+                if _sha256(out / shard[name]) != shard[f"{name}_sha256"]:
+                    return f"{shard[name]} is missing or damaged"
     tokenizer = manifest["tokenizer"]
     if _sha256(out / tokenizer["file"]) != tokenizer["sha256"]:
         return f"{tokenizer['file']} is missing or damaged"

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 class Sample:
     """One picture, ready to be written."""
 
-    png: bytes  # RGB or gray, square, ``size`` pixels a side
+    png: bytes  # RGB or gray
+    height: int  # of the picture in ``png``, in pixels
+    width: int
     caption: str
     concept: str  # without classes, what is split between train and val: samples of one never end up in both
     meta: dict[str, Any]  # the JSON beside the picture

@@ -1,20 +1,26 @@
-"""Webdataset shards that come out the same, byte for byte, whenever the samples do, with DALI's index beside each.
+"""Webdataset shards that come out the same, byte for byte, whenever the samples do, with index and table beside each.
 
 A shard is an uncompressed USTAR archive whose members are ``KEY.png``, ``KEY.txt`` and ``KEY.json``, in that order. The
-index is the text format of DALI's ``wds2idx`` (v1.2): a line a sample, with the offset of each member's data.
+index is the text format of DALI's ``wds2idx`` (v1.2): a line a sample, with the offset of each member's data. The table
+is what ``mpdit.data.index`` reads: height, width, CRC-32 of the picture's bytes and of the caption's.
 """
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-FORMAT = "mpdit-shards/1"
+import numpy as np
+
+from mpdit.data.shards import FORMAT, manifest_sha256
+
 INDEX_VERSION = "v1.2"  # of nvidia.dali's wds2idx
 RECORD = tarfile.RECORDSIZE  # archives are padded to this many bytes
 
@@ -25,10 +31,12 @@ class Shard:
 
     tar: str
     index: str
+    table: str
     samples: int
     bytes: int
     sha256: str
     index_sha256: str
+    table_sha256: str
 
 
 class _Tar:
@@ -36,6 +44,7 @@ class _Tar:
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset, self.lines = path, 0, list[str]()
+        self.table = list[tuple[int, int, int, int]]()
         self._digest = hashlib.sha256()
         self._file: IO[bytes] = path.open("wb")
 
@@ -60,16 +69,21 @@ class _Tar:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        index = self.path.with_suffix(".idx")
+        index, table = self.path.with_suffix(".idx"), self.path.with_suffix(".npy")
         text = "\n".join([f"{INDEX_VERSION} {len(self.lines)}", *self.lines, ""]).encode()
         write_durably(index, text)
+        rows = io.BytesIO()
+        np.save(rows, np.array(self.table, "<i8"))
+        write_durably(table, rows.getvalue())
         return Shard(
             tar=self.path.name,
             index=index.name,
+            table=table.name,
             samples=len(self.lines),
             bytes=self.offset,
             sha256=self._digest.hexdigest(),
             index_sha256=hashlib.sha256(text).hexdigest(),
+            table_sha256=hashlib.sha256(rows.getvalue()).hexdigest(),
         )
 
     def abandon(self) -> None:
@@ -88,12 +102,13 @@ class ShardWriter:
         self._count = 0
         self._tar: _Tar | None = None
 
-    def add(self, *, png: bytes, caption: str, meta: Mapping[str, Any]) -> None:
-        """Appends one sample; its key is its number within the split."""
+    def add(self, *, png: bytes, height: int, width: int, caption: str, meta: Mapping[str, Any]) -> None:
+        """Appends one sample, whose picture is ``height`` x ``width``; its key is its number within the split."""
         if self._tar is None:
             self._tar = _Tar(self._folder / f"{self._split}-{len(self.shards):05d}.tar")
-        text = json.dumps(meta, ensure_ascii=False).encode()
-        self._tar.add(f"{self._count:09d}", {"png": png, "txt": caption.encode(), "json": text})
+        text, extra = caption.encode(), json.dumps(meta, ensure_ascii=False).encode()
+        self._tar.add(f"{self._count:09d}", {"png": png, "txt": text, "json": extra})
+        self._tar.table.append((height, width, zlib.crc32(png), zlib.crc32(text)))
         self._count += 1
         if len(self._tar.lines) == self._per_shard:
             self._close()
@@ -124,8 +139,9 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written to ``manifest.json``."""
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    """The manifest as it is written to ``manifest.json``, with its own hash."""
+    whole = {**manifest, "manifest_sha256": manifest_sha256(dict(manifest))}
+    return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def build_hash(arguments: Mapping[str, Any], sources: list[str]) -> str:

@@ -50,6 +50,8 @@ class TarJob:
             return Drop(origin=self.origin, reason=error.reason, detail=error.detail)
         return Sample(
             png=png,
+            height=self.size,
+            width=self.size,
             caption=caption,
             concept=caption.casefold(),
             meta={"file": self.origin, "width": width, "height": height, **extra},

@@ -7,8 +7,9 @@ import numpy as np
 
 from mpdit.config import Config
 from mpdit.data.decode import decode
-from mpdit.data.shards import Shards
-from mpdit.errors import CheckFailed
+from mpdit.data.mixture import Mixture
+from mpdit.data.shards import BadSample
+from mpdit.errors import CheckFailed, InputError
 from mpdit.train.tracking import redact_uri
 
 _DECODED = 64  # samples, spread over the set
@@ -17,7 +18,7 @@ _TRACKING_S = 10
 
 def data(config: Config) -> str:
     """Both splits open and every tar is there in its size. Raises InputError, CheckFailed."""
-    train, val = Shards.open(config.data.path, "train"), Shards.open(config.data.path, "val")
+    train, val = Mixture.open(config.data, "train"), Mixture.open(config.data, "val")
     if config.train.batch_size > len(train):
         raise CheckFailed(
             f"train.batch_size {config.train.batch_size} is more than the {len(train):,} training samples of "
@@ -30,9 +31,12 @@ def pictures(config: Config) -> str:
     """Samples all over the training set decode. Raises InputError for the first that does not."""
     import torch
 
-    shards = Shards.open(config.data.path, "train")
+    shards = Mixture.open(config.data, "train")
     ids = np.unique(np.linspace(0, len(shards) - 1, min(_DECODED, len(shards))).round().astype(np.int64))
-    encoded, names = [shards.read(int(i))[0] for i in ids], [shards.where(int(i)) for i in ids]
+    try:
+        encoded, names = [shards.read(int(i))[0] for i in ids], [shards.where(int(i)) for i in ids]
+    except BadSample as error:
+        raise InputError(f"{error}; copy the tar again or build the data set again.") from error
     side, channels = config.model.image_size, config.model.channels
     decode(encoded, side, side, channels=channels, names=names, device=torch.device("cpu"))
     return f"{len(ids)} training samples from all over the set decode to {side} x {side}"

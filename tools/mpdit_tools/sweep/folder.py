@@ -97,7 +97,7 @@ def _check(given: Spec) -> Checked:
     from mpdit.parallel import accel
 
     accel.enter()
-    from mpdit.data.shards import Shards
+    from mpdit.data.mixture import Mixture
     from mpdit.train import preflight
 
     try:
@@ -116,7 +116,7 @@ def _check(given: Spec) -> Checked:
                 checked(space.filled(given.proxy, {axis.key: value}, "search"), given.ranks)
             except InputError as error:
                 raise InputError(f"search: {axis.key} {space.number(value)} can't be trained: {error}") from error
-    return Checked(data=Shards.open(given.proxy.data.path, "train").fingerprint, flops_per_image=_flops(given))
+    return Checked(data=Mixture.open(given.proxy.data, "train").fingerprint, flops_per_image=_flops(given))
 
 
 def _flops(given: Spec) -> int | None:
