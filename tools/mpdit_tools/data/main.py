@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from mpdit.errors import InputError
+from mpdit_tools.data.samples import Aspect
 
 if TYPE_CHECKING:
     from mpdit_tools.data.build import Options
+    from mpdit_tools.data.images import Shape
     from mpdit_tools.data.samples import Source
 
 
@@ -22,7 +24,7 @@ class Common:
     out: Path
     """The folder to make. It appears when it is complete; a second build of the same is a no-op."""
     size: int = 128
-    """Pixels a side of every picture."""
+    """Pixels a side of every picture; where shapes are kept, of a square of about as many pixels."""
     val: float = 0.05
     """The part of the concepts (icons) or captions (folder) held out for validation."""
     vocab_size: int = 2048
@@ -74,7 +76,7 @@ class Icons(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folder(Common):
-    """Your own pictures: cut to a square about the centre, transparency on white, EXIF orientation applied.
+    """Your own pictures: cut to squares or kept in their shapes, transparency on white, EXIF orientation applied.
 
     Captions are taken from captions.jsonl in the folder when there is one (a line {"file": "a.jpg", "text": "a cat"} a
     picture), else from webdataset tars when there are any (members K.jpg, K.txt), else from a .txt file beside each
@@ -87,18 +89,26 @@ class Folder(Common):
     """The part of the captions held out for validation; with --classes, of the pictures of every class."""
     classes: bool = False
     """The captions are names of classes (as for data.text labels): the different ones, sorted, are numbered."""
+    aspect: Aspect = "square"
+    """square cuts about the centre; keep leaves every picture its own ratio of width to height (cut to 4:1 at most) and
+    makes it smaller, never larger, to about as many pixels as a square of --size."""
     min_side: int | None = None
-    """Pictures with a shorter side than this many pixels are dropped. Default: half of --size."""
+    """Pictures with a shorter side than this many pixels are dropped. Default: half of --size, a quarter with keep."""
     max_dropped: float = 0.5
     """Stop when a larger part of the pictures than this cannot be used."""
 
     def source(self) -> "Source":
         from mpdit_tools.data import folder
 
-        least = self.size // 2 if self.min_side is None else self.min_side
-        return folder.Folder(
-            self.folder, size=self.size, min_side=least, labelled=self.classes, seed=self.seed, out=self.out
-        )
+        shape = _shape(self.size, self.min_side, self.aspect)
+        return folder.Folder(self.folder, shape=shape, labelled=self.classes, seed=self.seed, out=self.out)
+
+
+def _shape(size: int, min_side: int | None, aspect: Aspect) -> "Shape":
+    from mpdit_tools.data.images import Shape
+
+    least = size // {"square": 2, "keep": 4}[aspect] if min_side is None else min_side
+    return Shape(size=size, min_side=least, aspect=aspect)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

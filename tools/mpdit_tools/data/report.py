@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mpdit_tools.data.samples import LONGEST
+
 if TYPE_CHECKING:
     from mpdit_tools.data.build import Result
 
@@ -81,6 +83,10 @@ def show(result: "Result", out: str, *, as_json: bool) -> None:
     for heading, key in (("style", "styles"), ("licence", "licences"), ("dropped", "dropped")):
         for name, count in manifest[key].items():
             table.add_row(heading, name, f"{count:,}")
+    for name, count in manifest.get("aspects", {}).items():
+        table.add_row("width / height", name, f"{count:,}")
+    if "cut" in manifest:
+        table.add_row("cut", f"to {LONGEST}:1", f"{manifest['cut']:,}")
     if "classes" in manifest:
         table.add_row("classes", "", f"{len(manifest['classes']):,}")
     table.add_row("tokenizer", "pieces", f"{manifest['tokenizer']['vocab_size']:,}")

@@ -2,7 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+LONGEST = 4  # times as long as wide, or the other way; pictures kept in their shape are cut to this
+Aspect = Literal["square", "keep"]  # all pictures square, or each in its own ratio of width to height
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +22,7 @@ class Sample:
     source: str  # a `Provenance.name`
     style: str = ""
     licence: str = "unknown"
+    cut: bool = False  # for being too long for its width, or too wide for its height
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +32,7 @@ class Drop:
     origin: str
     reason: str  # counted in the manifest: a short phrase out of a small set
     detail: str = ""  # what the decoder said; only in dropped.jsonl
+    harmless: bool = False  # nothing is wrong with it: such as a copy of another
 
     def render(self) -> "Drop":
         return self
@@ -53,7 +58,8 @@ class Source(Protocol):
     """A set of pictures that can be built."""
 
     name: str
-    size: int  # pixels a side
+    size: int  # pixels a side, or of a square of about the same area
+    aspect: Aspect
     repeats: bool  # whether one picture may appear under several captions
 
     def arguments(self) -> Mapping[str, Any]:

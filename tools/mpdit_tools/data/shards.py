@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mpdit.data.shards import FORMAT, manifest_sha256
+from mpdit.data.shards import FORMAT
 
 INDEX_VERSION = "v1.2"  # of nvidia.dali's wds2idx
 RECORD = tarfile.RECORDSIZE  # archives are padded to this many bytes
@@ -139,9 +139,8 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written to ``manifest.json``, with its own hash."""
-    whole = {**manifest, "manifest_sha256": manifest_sha256(dict(manifest))}
-    return (json.dumps(whole, indent=1, ensure_ascii=False) + "\n").encode()
+    """The manifest as it is written to ``manifest.json``."""
+    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def build_hash(arguments: Mapping[str, Any], sources: list[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdit_tools.data.captions import CAPTION_BYTES, clean_caption, is_outside
-from mpdit_tools.data.images import FILE_BYTES, Unusable, square
+from mpdit_tools.data.images import FILE_BYTES, Shape, Unusable, render
 from mpdit_tools.data.samples import Drop, Job, Sample
 
 DECODABLE = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -36,25 +36,29 @@ class TarJob:
     extra: Span | None
     origin: str
     source: str
-    size: int
-    min_side: int
+    shape: Shape
 
     def render(self) -> Sample | Drop:
-        """The picture as a square, with its caption; the sample's own JSON is kept under ``json``."""
+        """The picture in its shape, with its caption; the sample's own JSON is kept under ``json``."""
         try:
             caption = clean_caption(self._read(self.text, CAPTION_BYTES, "caption too long"))
-            picture = self._read(self.picture, FILE_BYTES, "file too large")
-            png, width, height = square(picture, size=self.size, min_side=self.min_side)
+            picture = render(self._read(self.picture, FILE_BYTES, "file too large"), self.shape)
             extra = self._extra()
         except Unusable as error:
             return Drop(origin=self.origin, reason=error.reason, detail=error.detail)
         return Sample(
-            png=png,
-            height=self.size,
-            width=self.size,
+            png=picture.png,
+            height=picture.height,
+            width=picture.width,
+            cut=picture.cut,
             caption=caption,
             concept=caption.casefold(),
-            meta={"file": self.origin, "width": width, "height": height, **extra},
+            meta={
+                "file": self.origin,
+                "width": picture.original_width,
+                "height": picture.original_height,
+                **extra,
+            },
             origin=self.origin,
             source=self.source,
         )
@@ -82,7 +86,7 @@ class TarJob:
         return data
 
 
-def tar_jobs(path: Path, shown: str, *, source: str, size: int, min_side: int) -> Iterator[Job]:
+def tar_jobs(path: Path, shown: str, *, source: str, shape: Shape) -> Iterator[Job]:
     """A job for each sample of an archive, or what is wrong with its members. ``shown`` is its name in reports."""
     group: list[tuple[str, Span]] = []
     last = ""
@@ -94,10 +98,10 @@ def tar_jobs(path: Path, shown: str, *, source: str, size: int, min_side: int) -
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         if f"{folder}{slash}{stem}" != last:
-            yield from _sample_jobs(path, shown, last, group, source=source, size=size, min_side=min_side)
+            yield from _sample_jobs(path, shown, last, group, source=source, shape=shape)
             group, last = [], f"{folder}{slash}{stem}"
         group.append((extension.lower(), span))
-    yield from _sample_jobs(path, shown, last, group, source=source, size=size, min_side=min_side)
+    yield from _sample_jobs(path, shown, last, group, source=source, shape=shape)
 
 
 def _members(path: Path, shown: str) -> Iterator[tuple[str, Span] | Drop]:
@@ -125,7 +129,7 @@ def _members(path: Path, shown: str) -> Iterator[tuple[str, Span] | Drop]:
 
 
 def _sample_jobs(
-    path: Path, shown: str, key: str, group: Sequence[tuple[str, Span]], *, source: str, size: int, min_side: int
+    path: Path, shown: str, key: str, group: Sequence[tuple[str, Span]], *, source: str, shape: Shape
 ) -> Iterator[Job]:
     origin = f"{shown}:{ascii(key)[1:-1]}"
     pictures = [(extension, span) for extension, span in group if extension in PICTURES]
@@ -146,6 +150,5 @@ def _sample_jobs(
         extra=rest.get("json"),
         origin=origin,
         source=source,
-        size=size,
-        min_side=min_side,
+        shape=shape,
     )
