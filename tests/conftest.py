@@ -31,6 +31,14 @@ def labelled_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "set"
 
 
+@pytest.fixture(scope="session")
+def mixed_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of several shapes, for the buckets of tiny.BUCKETS, built in a child too."""
+    folder = tmp_path_factory.mktemp("mixed")
+    ranks.run(1, lambda rank, world: str(tiny.build_set(folder, mixed=True)))
+    return folder / "set"
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist hands in the layouts that it ran."""
     output = getattr(session.config, "workeroutput", None)

@@ -13,10 +13,16 @@ from mpdit.config import Config
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40)}
 
 
-def build_set(folder: Path, *, labelled: bool = False) -> Path:
+# Of a run on pictures of several shapes: 16, 24 and 24 patches, which tp x cp of 2 x 2 divides.
+BUCKETS = [[12, 12], [18, 12], [12, 18]]
+_SIZES = [(12, 12), (14, 10), (12, 12), (10, 14), (14, 10)]  # height, width
+
+
+def build_set(folder: Path, *, labelled: bool = False, mixed: bool = False) -> Path:
     """60 pictures of coloured squares in 12 x 12 pixels with captions -> shards under `folder`.
 
-    `labelled`: the captions are the colours, and those are the set's classes.
+    `labelled`: the captions are the colours, and those are the set's classes. `mixed`: some pictures are tall and some
+    wide, and a third is held out.
     """
     from mpdit_tools.data.main import main
 
@@ -25,13 +31,14 @@ def build_set(folder: Path, *, labelled: bool = False) -> Path:
     generator = np.random.default_rng(0)
     for number in range(60):
         name, colour = list(COLOURS.items())[number % len(COLOURS)]
-        pixels = np.full((12, 12, 3), 255, np.uint8)
+        pixels = np.full((*(_SIZES[number % len(_SIZES)] if mixed else (12, 12)), 3), 255, np.uint8)
         x, y = generator.integers(0, 6, 2)
         pixels[y : y + 6, x : x + 6] = colour
         Image.fromarray(pixels).save(source / f"{number:03d}.png")
         (source / f"{number:03d}.txt").write_text(name if labelled else f"a {name} square at {x} {y}")
     out = folder / "set"
     arguments = ["--out", str(out), "--size", "12", "--vocab-size", "300", *(["--classes"] if labelled else [])]
+    arguments += ["--aspect", "keep", "--val", "0.33"] if mixed else []
     assert main(["build", "folder", str(source), *arguments]) == 0
     return out
 

@@ -121,10 +121,9 @@ class TrainFeed:
     """This rank's micro-batches, step after step from `start_step`. Threads start here: build it after any fork."""
 
     def __init__(self, config: Config, shards: Mixture, plan: Plan, tokenizer: Tokenizer, start_step: int) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.plan, self.step = config, tokenizer, plan, start_step
         self.micro_batches = plan.share(groups.data_size(), config.parallel.micro_batch) // config.parallel.micro_batch
         self.teacher = own_teacher(config)
-        self.plan, self.step = plan, start_step
         self.loader: Loader | None = None
         if groups.is_first_stage() or groups.is_last_stage() or self.teacher is not None:
             self.loader = Loader(

@@ -90,6 +90,22 @@ def test_a_shifted_picture_has_shifted_features(teacher: Teacher) -> None:
         assert follows > max(stays, other) + 0.2, (follows, stays, other)
 
 
+def most_changed(teacher: Teacher, rows: slice, columns: slice) -> tuple[int, int]:
+    """Row and column of the patch of a wide picture whose features change the most with these of its pixels."""
+    wide = picture(48)[..., :32, :]
+    other = wide.clone()
+    other[..., rows, columns] *= -1
+    change_SB = (teacher.features(wide) - teacher.features(other)).square().mean(-1)
+    row, column = divmod(int(change_SB[:, 0].argmax()), 48 // PATCH)
+    return row, column
+
+
+def test_a_wide_picture_has_rows_and_columns_of_its_own(teacher: Teacher) -> None:
+    assert teacher.features(picture(48)[..., :32, :]).shape == (8 * 12, 1, teacher.dim)
+    assert most_changed(teacher, slice(16, 20), slice(40, 44)) == (4, 10)
+    assert most_changed(teacher, slice(24, 28), slice(12, 16)) == (6, 3)
+
+
 def test_gray_is_shown_as_rgb(teacher: Teacher) -> None:
     gray = picture(32)[:, :1]
     seen = Teacher.open(LITE, PATCH, 1, "cpu").features(gray)
@@ -130,6 +146,7 @@ def dinov2_features(rank: int, world: int, folder: Path, **settings: Any) -> dic
     right[..., :, 28:] *= -1
     features = [at(teacher.features(image)) for image in (left, right)]
     changed = (features[0] - features[1]).square().mean((0, 2, 3))  # by column
+    in_wide = most_changed(teacher, slice(16, 20), slice(40, 44))
     (folder / "model.safetensors").write_bytes(b"\0" * 64)
     try:
         Teacher.open(objective, PATCH, 3, "cpu")
@@ -141,6 +158,7 @@ def dinov2_features(rank: int, world: int, folder: Path, **settings: Any) -> dic
         "shape": tuple(features[0].shape),
         "grad": features[0].requires_grad,
         "most changed column": int(changed.argmax()),
+        "most changed of a wide one": in_wide,
         "said of a damaged file": said,
     }
 
@@ -152,6 +170,7 @@ def test_a_dinov2_in_a_folder(settings: dict[str, Any], tmp_path: Path) -> None:
     assert found["shape"] == (GRID, GRID, 1, 24)
     assert not found["grad"]
     assert found["most changed column"] == GRID - 1
+    assert found["most changed of a wide one"] == (4, 10)
     assert f"objective.repa_teacher {tmp_path / 'teacher'}: can't be loaded" in found["said of a damaged file"]
     assert "\n" not in found["said of a damaged file"]
 

@@ -1,5 +1,6 @@
 """REPA's loss on whichever stage has its block: the same in every layout, and what autograd makes of the plain sum."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,21 @@ def test_uvit(tiny_set: Path, narrow: None) -> None:
     for name, (world, parallel) in UVIT_LAYOUTS.items():
         print(f"\nuvit {name:33s}", end="")
         same(ranks.run(world, train_repa, config=repa_config(tiny_set, 2, parallel, model=UVIT)), wanted)
+
+
+@pytest.mark.dist
+def test_mixed_shapes(mixed_set: Path, narrow: None) -> None:
+    """Teacher and tokens have the same rows and columns at every step, of whichever bucket."""
+
+    def config(parallel: dict[str, Any]) -> Config:
+        asked = repa_config(mixed_set, 2, parallel)
+        buckets = tuple((height, width) for height, width in tiny.BUCKETS)
+        return dataclasses.replace(asked, data=dataclasses.replace(asked.data, buckets=buckets))
+
+    wanted = ranks.run(1, train_repa, config=config({}))[0]
+    for name, world, parallel in (("CP2 x PP2", 4, {"cp": 2, "pp": 2}), ("TP2 + SP", 2, {"tp": 2, "sp": True})):
+        print(f"\n{name:38s}", end="")
+        same(ranks.run(world, train_repa, config=config(parallel)), wanted)
 
 
 # ---- against plain autograd ------------------------------------------------------------------------------------------

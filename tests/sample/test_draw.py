@@ -86,6 +86,7 @@ TRIES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "three": (PROMPTS[:3], {}),
     "one": (PROMPTS[:1], {}),
     "unguided": (PROMPTS[:3], {"guidance": 1.0}),
+    "tall": (PROMPTS[:3], {"image_size": (18, 12)}),
 }
 OTHERS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "again": (PROMPTS, {}),
@@ -146,6 +147,16 @@ def test_pictures_are_pictures(one_process: dict[str, torch.Tensor]) -> None:
     assert (found.abs() < 1).float().mean() > 0.5
     assert found.std(0).mean() > 0.1
     assert torch.equal(one_process["again"], found)
+
+
+@pytest.mark.dist
+def test_pictures_have_the_size_that_is_asked_for(one_process: dict[str, torch.Tensor]) -> None:
+    """In layouts, too (above). Each is its own: not the square one stretched, cut or padded."""
+    tall = one_process["tall"]
+    assert tall.shape == (3, 3, 18, 12)
+    assert (tall[:, :, 12:].abs() < 1).float().mean() > 0.5
+    assert min(differ(tall[:, :, top : top + 12], one_process["three"]) for top in range(7)) > 0.1
+    assert differ(tall[0], tall[1]) > 0.1
 
 
 @pytest.mark.dist

@@ -81,6 +81,15 @@ def test_every_picture_is_found_unchanged_in_its_place(side: int, size: int) -> 
         assert np.array_equal(found, picture.repeat(size // side, 0).repeat(size // side, 1))
 
 
+def test_tall_pictures_stand_in_more_columns_than_rows() -> None:
+    """Whole, and the sheet about as wide as high: 4 times 3 cells of 128 x (384 + label), and not 3 times 4."""
+    tall = torch.cat([pictures(8)] * 3, 2)
+    sheet = grid(tall, ["a"] * 8)
+    assert sheet.size == (5 * (128 + GAP) + GAP, 2 * (384 + LABEL + GAP) + GAP)
+    found = np.asarray(sheet)[GAP : GAP + 384, GAP : GAP + 128]
+    assert np.array_equal(found, np.tile(pixels(8, 16, 3)[0], (3, 1, 1)).repeat(8, 0).repeat(8, 1))
+
+
 def test_gray_pictures_are_gray_in_the_grid() -> None:
     sheet = grid(pictures(2, channels=1), ["a", "b"], columns=2)
     for number, picture in enumerate(pixels(2, 16, 1)):

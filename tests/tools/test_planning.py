@@ -325,6 +325,29 @@ def test_an_image_is_the_same_work_in_every_layout() -> None:
         assert ranks.run(1, work_of_an_image, preset="dit-s-2")[0] == expected
 
 
+def test_the_largest_bucket_is_planned_for() -> None:
+    """Its memory and work are what the run has to be able to take; the work of the others is told beside."""
+
+    def planned(*sizes: str) -> dict[str, Any]:
+        buckets = [f"data.buckets=[{','.join(sizes)}]"] if sizes else []
+        _, told, _ = commands.run("plan", "dit-s-2", "--json", "train.batch_size=4", *buckets)
+        found: dict[str, Any] = json.loads(told)
+        return found
+
+    square, both, largest = planned(), planned("[32,32]", "[48,24]"), planned("[48,24]")
+    assert both["buckets"] == [
+        {"size": [32, 32], "model_flops_per_image": square["model_flops_per_image"]},
+        {"size": [48, 24], "model_flops_per_image": largest["model_flops_per_image"]},
+    ]
+    assert square["buckets"] == []
+    assert square["model_flops_per_image"] < both["model_flops_per_image"] == largest["model_flops_per_image"]
+    assert square["memory_bytes"][0]["peak"] < both["memory_bytes"][0]["peak"]
+    assert both["memory_bytes"] == largest["memory_bytes"]
+    _, told, _ = commands.run("plan", "dit-s-2", "train.batch_size=4", "data.buckets=[[32,32],[48,24]]")
+    assert "buckets      32 x 32: " in told
+    assert "48 x 24: " in told
+
+
 def test_18b_is_planned_on_a_laptop(tmp_path: Path) -> None:
     """Its parameters to the unit; tables, plan.json and pictures; a step that fits."""
     code, told, _ = commands.run("plan", *LAUNCH, "--out", tmp_path)

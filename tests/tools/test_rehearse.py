@@ -11,6 +11,8 @@ import yaml
 
 import commands
 import ranks
+from mpdit import config as configs
+from mpdit_tools.rehearse import narrow
 
 CONFIG: dict[str, Any] = {
     "model": {"arch": "mmdit", "width": 64, "depth": 4, "head_dim": 8, "patch": 3, "image_size": 12, "text_tokens": 8},
@@ -155,6 +157,13 @@ def test_numbers_that_go_with_the_layout_are_found_by_the_narrow_run(launch: Pat
     assert code == 1
     assert set(against(told)) == {"narrow run"}
     assert "they differ by" in told
+
+
+def test_the_narrow_run_is_of_the_largest_bucket() -> None:
+    narrowed = narrow.narrowed(configs.from_dict({**CONFIG, "parallel": {**CONFIG["parallel"], "micro_batch": 2}}), 1)
+    assert narrowed.data.buckets == ()
+    several = {**CONFIG, "data": {"buckets": [[12, 12], [12, 18], [6, 24]]}, "parallel": {"micro_batch": 2}}
+    assert narrow.narrowed(configs.from_dict(several), 1).data.buckets == ((12, 18),)
 
 
 def test_a_config_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_options_change_what_they_name(trained: Path, prompts: Path, tmp_path: P
         "steps": ["--steps", 5],
         "guidance": ["--guidance", 1],
         "raw weights": ["--no-ema"],
+        "size": ["--size", "18x12"],
     }
     argvs = [[trained, "--prompts", prompts, "--out", tmp_path / name, *words] for name, words in options.items()]
     found = {}
@@ -112,6 +113,7 @@ def test_options_change_what_they_name(trained: Path, prompts: Path, tmp_path: P
         assert ("of step 1 in" if name == "step 1" else "of step 2 in") in out
         found[name] = pictures(tmp_path / name)
     assert np.array_equal(found.pop("the same"), found["as trained"])
+    assert found["size"].shape == (3, 18, 12, 3)
     different = {name for name in found if not np.array_equal(found[name], found["as trained"])}
     assert different == set(found) - {"as trained"}
 
@@ -271,6 +273,17 @@ def test_a_checkpoint_of_another_model_is_refused(trained: Path, tmp_path: Path,
     checkpoint = trained / "checkpoints" / "step_2"
     said = refused(tmp_path, "--prompts", prompts, "--checkpoint", checkpoint)
     assert f"{checkpoint}: is of another model, with model.width 32 where the config has 64" in said
+
+
+@pytest.mark.dist
+def test_a_size_that_is_none_is_refused(trained: Path, prompts: Path) -> None:
+    for size, said in {
+        "18": "--size is '18', but should be height x width in pixels",
+        "-3x12": "--size is '-3x12'",
+        "0x12": "sample.image_size is [0, 12], but should be [height, width]",
+        "18x13": "sample.image_size is [18, 13], but height and width should both be multiples of model.patch 3",
+    }.items():
+        assert said in refused(trained, "--prompts", prompts, f"--size={size}")
 
 
 @pytest.mark.dist

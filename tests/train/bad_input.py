@@ -180,6 +180,38 @@ BAD: dict[str, tuple[int, list[str], list[str]]] = {
     "negative seed": (1, ["train.seed=-1"], ["train.seed is -1"]),
     "negative save_every": (1, ["train.save_every=-5"], ["train.save_every is -5"]),
     "no sampling steps": (1, ["sample.steps=0"], ["sample.steps is 0"]),
+    # ---- shapes of images
+    "bucket of one side": (1, ["data.buckets=[[12, 12], [12]]"], ["data.buckets[1] is [12]", "[height, width]"]),
+    "bucket of nothing": (1, ["data.buckets=[[12, 0]]"], ["data.buckets[0] is [12, 0]", "each at least 1"]),
+    "bucket that is no pair": (1, ["data.buckets=[12, 12]"], ["data.buckets[0] is 12", "a list"]),
+    "bucket over patch": (
+        1,
+        ["data.buckets=[[12, 12], [18, 10]]"],
+        ["data.buckets[1] is [18, 10]", "multiples of model.patch 3"],
+    ),
+    "bucket over cp": (
+        2,
+        ["parallel.cp=2", "data.buckets=[[12, 12], [15, 9]]"],
+        ["data.buckets[1] [15, 9] in patches of model.patch 3 is 15 image tokens", "parallel.cp 2", "a multiple of 2"],
+    ),
+    "bucket over tp under sp": (
+        2,
+        ["parallel.tp=2", "parallel.sp=true", "data.buckets=[[9, 15]]"],
+        ["data.buckets[0] [9, 15]", "15 image tokens", "x tp 2 under sp", "a multiple of 2"],
+    ),
+    "bucket twice": (
+        1,
+        ["data.buckets=[[12, 12], [18, 12], [12, 12]]"],
+        ["data.buckets holds [12, 12] twice", "each [height, width] once"],
+    ),
+    "buckets of learned positions": (
+        1,
+        [*UVIT, "data.buckets=[[12, 12], [18, 12]]"],
+        ["data.buckets[1] is [18, 12]", "model.arch uvit", "model.image_size 12 alone", "mmdit, pixart or dit"],
+    ),
+    "pictures of one side": (1, ["sample.image_size=[12]"], ["sample.image_size is [12]", "[height, width]"]),
+    "pictures over patch": (1, ["sample.image_size=[12, 13]"], ["sample.image_size is [12, 13]", "model.patch 3"]),
+    "pictures of learned positions": (1, [*UVIT, "sample.image_size=[12, 18]"], ["[12, 18]", "model.arch uvit"]),
     # ---- the data
     "another vocabulary": (1, ["model.vocab_size=17"], ["model.vocab_size is 17", "different tokens; leave it out"]),
     "negative vocabulary": (1, ["model.vocab_size=-1"], ["model.vocab_size is -1"]),

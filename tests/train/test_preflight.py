@@ -50,8 +50,14 @@ def test_the_unchanged_run_is_fine(tiny_set: Path) -> None:
         [*UVIT, "parallel.tp=2", "parallel.cp=2", "parallel.sp=true", "model.text_tokens=7"],
         [*UVIT, "parallel.pp=2", "parallel.pp_split=[2, 3]", "model.text_tokens=8"],  # 25 tokens, which nothing divides
         ["mup.base_batch_size=4", "mup.base_images=160"],
+        ["data.buckets=[[18, 12], [12, 18], [6, 24]]", "parallel.tp=2", "parallel.cp=2", "parallel.sp=true"],
+        ["data.buckets=[[15, 9]]", "sample.image_size=[9, 15]", "parallel.tp=2", "parallel.pp=2"],  # 15 tokens
+        [*UVIT, "data.buckets=[[12, 12]]", "sample.image_size=[12, 12]"],
     ],
-    ids=["pixart", "uvit over tp x cp", "uvit over pp", "half the batch"],
+    ids=[
+        *("pixart", "uvit over tp x cp", "uvit over pp", "half the batch"),
+        *("buckets over tp x cp", "buckets over pp", "uvit's square"),
+    ],
 )
 def test_what_fits_is_fine(overrides: list[str], tiny_set: Path) -> None:
     check(tiny_set, 4, *overrides)
