@@ -1,4 +1,4 @@
-"""Sharded checkpoints in Megatron's dist_checkpointing format, loadable into any layout. Loading runs no code."""
+"""The read side of a sharded checkpoint: Megatron's dist_checkpointing, into any layout. Loading runs no code."""
 
 import contextlib
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed.checkpoint import default_planner
@@ -46,9 +46,9 @@ def tensor(key: str, value: Tensor, parameter: nn.Parameter) -> Any:
     return make_sharded_tensor_for_checkpoint(value, key)
 
 
-def save(tensors: Mapping[str, Any], folder: Path) -> None:
-    """Write sharded tensors into an empty folder; collective."""
-    dist_checkpointing.save(dict(tensors), str(folder))
+def replicas() -> int:
+    """Ranks that hold the same part of the model as this one."""
+    return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 
 def load(tensors: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
