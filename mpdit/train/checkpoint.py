@@ -51,10 +51,14 @@ def keyed(session: Session) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
 
 def state_text(config: Config, position: Position, ranks: int) -> str:
     """state.json: where the run stands, of what network, and who wrote it."""
+    state = {"format": checkpoints.FORMAT, **dataclasses.asdict(position), **_network(config)}
+    return json.dumps({**state, "written": written(config, ranks)}, indent=1) + "\n"
+
+
+def written(config: Config, ranks: int) -> dict[str, Any]:
+    """Who wrote a checkpoint."""
     layout = {key: value for key, value in to_dict(config.parallel).items() if key in _LAYOUT}
-    written = {"version": mpdit.__version__, "ranks": ranks, "layout": layout}
-    state = {"format": checkpoints.FORMAT, **dataclasses.asdict(position), **_network(config), "written": written}
-    return json.dumps(state, indent=1) + "\n"
+    return {"version": mpdit.__version__, "ranks": ranks, "layout": layout}
 
 
 _LAYOUT = ("tp", "sp", "pp", "vpp", "cp", "distributed_optimizer", "precision")

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mpdit.errors import InputError
 
@@ -237,8 +237,7 @@ def complete(folder: Path, final: Path, text: str) -> None:
     """Mark `folder` complete with its manifest's `text` and give it its name. Raises OSError."""
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
     sync(folder)
     old = final.with_name(f"{folder.name}.old")
     if final.exists():
@@ -272,6 +271,21 @@ def prune(
         except OSError as error:
             left.append(f"{path} could not be removed ({error.strerror})")
     return left
+
+
+def hashed(folder: Path) -> dict[str, dict[str, Any]]:
+    """name -> {"bytes", "sha256"} of every file in a folder, for its manifest. Raises OSError."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    hashes = _sha256s(files)
+    unread = [f"{path}: {sha256[1:]}" for path, sha256 in hashes.items() if sha256.startswith("!")]
+    if unread:
+        raise OSError(unread[0])
+    return {path.name: {"bytes": path.stat().st_size, "sha256": hashes[path]} for path in files}
+
+
+def sync_file(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync(folder: Path) -> None:

@@ -54,11 +54,18 @@ class _Save:
 class Saver:
     """Saves of one run, one at a time. Every method but :attr:`done` and :meth:`close` is collective.
 
-    `say` is told on rank 0 what a person should know. After :meth:`begin`, call :meth:`poll` at every step.
+    `say` is told on rank 0 what a person should know, `tick` is called while a save is waited for. After :meth:`begin`,
+    call :meth:`poll` at every step.
     """
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None], patience_s: float = _PATIENCE_S) -> None:
-        self.run_dir, self.say, self.patience_s = run_dir, say, patience_s
+    def __init__(
+        self,
+        run_dir: Path,
+        say: Callable[[str], None],
+        tick: Callable[[], None] = lambda: None,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
+        self.run_dir, self.say, self.tick, self.patience_s = run_dir, say, tick, patience_s
         self.newest: int | None = None  # step of the last checkpoint that this run wrote or went on from
         self.failed: Saved | None = None  # the last save, if it went wrong
         self._news: dict[str, Any] = {}
@@ -80,9 +87,11 @@ class Saver:
         assert self._writer
         save.answer = self._writer.poll()
         if save.answer is None and time.monotonic() - self._writer.heard > self.patience_s:
-            self._writer.close(0.0)
+            self._writer.kill()
+            save.answer = {"error": f"the storage took no byte for {self.patience_s:g} s"}
+        if self._writer.ended:  # the next save has another
+            self._writer.close()
             self._writer = None
-            save.answer = {"error": f"the storage took no byte for {self.patience_s:.0f} s"}
         return save.answer is not None
 
     def begin(self, session: Session, config: Config, position: Position) -> None:
@@ -220,6 +229,7 @@ class Saver:
         while self.busy and saved is None:
             saved = self.poll()
             if saved is None:
+                self.tick()
                 time.sleep(0.01)
         return saved
 

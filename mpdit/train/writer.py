@@ -30,7 +30,8 @@ class Writer:
         assert self._process.stdout is not None
         self._in, self._out = self._process.stdin, self._process.stdout
         os.set_blocking(self._out.fileno(), False)
-        self._job, self._text, self._ended = 0, b"", False
+        self._job, self._text = 0, b""
+        self.ended = False
         self.heard = time.monotonic()  # when it last gave a sign of life
 
     @property
@@ -46,27 +47,31 @@ class Writer:
 
     def poll(self) -> dict[str, Any] | None:
         """{"result": ...} or {"error": why} of the job submitted last, None while it is at work; never waits."""
-        while not self._ended:
+        while not self.ended:
             try:
                 data = os.read(self._out.fileno(), 2**16)
             except BlockingIOError:
                 break
-            self._ended, self._text, self.heard = not data, self._text + data, time.monotonic()
+            self.ended, self._text, self.heard = not data, self._text + data, time.monotonic()
         *lines, self._text = self._text.split(b"\n")
         for line in lines:
             answer = json.loads(line)
             if answer.get("job") == self._job:
                 return dict(answer)
-        if self._ended:
+        if self.ended:
             return {"error": f"the process that writes it has ended (exit code {self._process.wait()})"}
         return None
 
-    def close(self, patience_s: float = 5.0) -> None:
-        """Let it finish what it has, but not for ever: on storage that hangs it may not even die."""
+    def kill(self) -> None:
+        """On storage that hangs it may not even die: it is left behind, with a folder that no other try uses."""
+        self._process.kill()
+        self.ended = True
+
+    def close(self) -> None:
+        """Let it finish what it has been given, but not for ever."""
         with contextlib.suppress(OSError):
             self._in.close()
-        try:
-            self._process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0 if self.ended else 5.0)
+        self._process.kill()
         self._out.close()
