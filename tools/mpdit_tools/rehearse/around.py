@@ -9,7 +9,7 @@ from mpdit.config import Config
 from mpdit.data.decode import decode
 from mpdit.data.shards import Shards
 from mpdit.errors import CheckFailed
-from mpdit.train.tracking import redact_uri
+from mpdit.redact import redact_uri
 
 _DECODED = 64  # samples, spread over the set
 _TRACKING_S = 10
