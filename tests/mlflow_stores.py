@@ -2,9 +2,15 @@
 
 import contextlib
 import http.server
+import importlib.metadata
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +58,54 @@ def server(kind: str) -> Iterator[int]:
         if kind == "dead":
             listener.close()
         yield port
+
+
+class RealServer:
+    """`mlflow server` on loopback over sqlite, of the full mlflow package; it can hang, go on, die and come back."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def missing() -> str:
+        """Why there can be none; empty where it is installed."""
+        try:
+            importlib.metadata.version("mlflow")
+        except importlib.metadata.PackageNotFoundError:
+            return "mlflow's server is not installed: pip install 'mpdit[ui]'"
+        return ""
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        store = ["--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
+        place = ["--artifacts-destination", str(self._folder / "artifacts"), "--host", "127.0.0.1"]
+        command = [sys.executable, "-m", "mlflow", "server", *store, *place, "--workers", "1"]
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--port", str(self._port)], stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(self._answers, 120)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+        return False
+
+    def signal(self, number: int) -> None:
+        """To it and its workers."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
 
 
 def files_with(secret: str, folder: Path) -> list[Path]:

@@ -219,7 +219,7 @@ class _Run:
         batch = self.config.train.batch_size
         return {
             "step": step,
-            "time": round(time.time(), 3),  # unix seconds: MLflow gets the step's own, however late it hears of it
+            "time": round(time.time(), 6),  # unix seconds: MLflow gets the step's own, however late it hears of it
             "loss": loss,
             **repa_loss,
             "lr": lr,
