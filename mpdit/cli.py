@@ -19,6 +19,7 @@ COMMANDS = {
     "rehearse": ("mpdit_tools.rehearse.main:main", "go or no-go for a launch, on this machine's CPU"),
     "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),
     "sample": ("mpdit_tools.sample:main", "pictures for prompts out of a run's checkpoint"),
+    "checkpoint": ("mpdit_tools.checkpoint.main:main", "list, verify or reshard the checkpoints of a run"),
     "track":  ("mpdit_tools.track:main", "sync: bring a run's MLflow up to its metrics.jsonl"),
     "mup-table": ("mpdit_tools.mup_table:main", "what muP gives each parameter of a model, and gave its proxy"),
 }  # fmt: skip

@@ -141,6 +141,8 @@ class Train:
     log_every: int = 10  # steps between the lines on the terminal; metrics.jsonl has every step
     save_every: int = 0  # steps; 0: at the end only
     keep_last: int = 3  # checkpoints kept; 0: all
+    keep_every: int = 0  # steps; checkpoints at multiples of it are kept for ever; 0: none
+    async_save: bool = True  # files are written beside the training, which stops only to copy its state
     val_every: int = 0  # steps between validation losses; 0: at the end only
     val_images: int = 256
     sample_every: int = 0  # steps between sample grids; 0: at the end only

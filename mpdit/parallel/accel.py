@@ -6,13 +6,9 @@ saying False, so that code which asks politely takes its CPU branch.
 """
 
 import contextlib
-import ctypes
 import functools
 import importlib
-import multiprocessing.managers
 import os
-import signal
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -31,9 +27,7 @@ _USED = (
     "optimizer.distrib_optimizer",
     "optimizer_param_scheduler",
     "dist_checkpointing",
-    "dist_checkpointing.strategies.fully_parallel",
     "dist_checkpointing.strategies.torch",
-    "dist_checkpointing.strategies.filesystem_async",
     "transformer.module",
     "transformer.multi_token_prediction",  # the schedules import it at the first step
     "transformer.transformer_config",
@@ -87,7 +81,6 @@ def enter() -> None:
         _patch_factories()
         _patch_cuda_module()
         _patch_random()
-        _patch_checkpoint_queue()
     _entered = True
 
 
@@ -197,27 +190,3 @@ def _patch_random() -> None:
     cuda.set_rng_state = cuda.random.set_rng_state = set_state
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
-
-
-def _end_with_parent() -> None:
-    """A rank that is killed leaves no server behind, where the system can promise that (Linux's PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
-
-
-def _patch_checkpoint_queue() -> None:
-    # The checkpoint writer starts its queue server by "spawn" to keep a CUDA context out of it, which imports the main
-    # script and megatron-core again: 4-7 s a save. Without CUDA a fork is right.
-    writer: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-
-    def queue(*_: Any, **__: Any) -> Any:
-        if writer._results_queue is None:
-            server = multiprocessing.managers.SyncManager(ctx=torch.multiprocessing.get_context("fork"))
-            server.start(_end_with_parent)
-            writer._results_queue = server.Queue()
-        return writer._results_queue
-
-    for module_name, module in list(sys.modules.items()):
-        for name in ("_get_write_results_queue", "get_write_results_queue"):  # megatron-core 0.16 | 0.19
-            if module_name.startswith("megatron.core.dist_checkpointing") and hasattr(module, name):
-                setattr(module, name, queue)

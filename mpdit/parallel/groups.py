@@ -2,8 +2,8 @@
 
 import datetime
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,9 @@ from megatron.core import parallel_state, tensor_parallel
 from mpdit.config import Parallel
 from mpdit.errors import InputError
 from mpdit.parallel import accel
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def world_size() -> int:
@@ -74,6 +77,13 @@ def barrier() -> None:
     dist.barrier()
 
 
+def agree(values: Sequence[int]) -> list[int]:
+    """The largest of each of some small whole numbers over all ranks, on every rank."""
+    flags = torch.tensor(values, dtype=torch.int64, device=accel.device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [int(flag) for flag in flags.tolist()]
+
+
 def sum_over_data(value: int) -> int:
     """The sum of a whole number (below 2^48) over the data-parallel ranks of this place in the model."""
     total = torch.tensor([value], dtype=torch.int64, device=accel.device())
@@ -117,6 +127,13 @@ def decided_by_rank_0(decide: Callable[[], Any]) -> Any:
     if isinstance(box[0], InputError):
         raise box[0]
     return box[0]
+
+
+def decided_together(value: T, decide: Callable[[list[T]], U]) -> U:
+    """What `decide` makes of every rank's `value`, in rank order, on rank 0; on every rank."""
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return decided_by_rank_0(lambda: decide(values or []))
 
 
 def gather_over_data(value: torch.Tensor) -> torch.Tensor:

@@ -219,7 +219,8 @@ def whole_state(
 ) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
     """(name, parameter, {"param", "exp_avg", "exp_avg_sq"} in its shape, fp32) for every parameter of this rank.
 
-    Collective: under the distributed optimizer the data ranks' parts are summed together.
+    Collective: under the distributed optimizer the data ranks' parts are summed together. Take one parameter at a
+    time: all of them whole are what the optimizer's sharding keeps off the device.
     """
     by_parameter, group = slots(optimizer), _shard_group(ctx)
     for chunk in chunks:
@@ -241,7 +242,7 @@ def _join(parameter: nn.Parameter, part: Tensor | None, span: slice | None, grou
         whole[span] = part.detach().float()
     if group.size() > 1:
         dist.all_reduce(whole, group=group)
-    return whole.view(parameter.shape).cpu()  # whole fp32 state is what the optimizer's sharding keeps off the device
+    return whole.view(parameter.shape)
 
 
 @torch.no_grad()

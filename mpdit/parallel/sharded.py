@@ -1,17 +1,23 @@
-"""Sharded checkpoints in Megatron's dist_checkpointing format, loadable into any layout. Loading runs no code."""
+"""The read side of a sharded checkpoint: Megatron's dist_checkpointing, into any layout. Loading runs no code."""
 
 import contextlib
 import io
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint import default_planner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mpdit.errors import InputError
 from mpdit.parallel.init import sharded_dim
@@ -46,9 +52,9 @@ def tensor(key: str, value: Tensor, parameter: nn.Parameter) -> Any:
     return make_sharded_tensor_for_checkpoint(value, key)
 
 
-def save(tensors: Mapping[str, Any], folder: Path) -> None:
-    """Write sharded tensors into an empty folder; collective."""
-    dist_checkpointing.save(dict(tensors), str(folder))
+def replicas() -> int:
+    """Ranks that hold the same part of the model as this one."""
+    return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 
 def load(tensors: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
@@ -60,6 +66,25 @@ def load(tensors: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
     refuse_code(folder / ".metadata")
     with _bytes_run_no_code():
         return dist_checkpointing.load(dict(tensors), str(folder))
+
+
+class Stored:
+    """The tensors of a checkpoint, whole and one at a time, without a layout. Raises InputError as :func:`load`."""
+
+    def __init__(self, folder: Path) -> None:
+        refuse_code(folder / ".metadata")
+        self.folder = folder
+        self._reader = CachedMetadataFileSystemReader(str(folder))
+        found = self._reader.read_metadata().state_dict_metadata
+        self.shapes = {key: tuple(one.size) for key, one in found.items() if isinstance(one, TensorStorageMetadata)}
+
+    def read(self, key: str) -> Tensor:
+        """Any tensor of the checkpoint, fp32."""
+        value = torch.empty(self.shapes[key])
+        with _bytes_run_no_code(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist says
+            checkpoint.load({key: value}, storage_reader=self._reader, no_dist=True)
+        return value
 
 
 @contextlib.contextmanager

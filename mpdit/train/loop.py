@@ -26,6 +26,7 @@ from mpdit.train.checkpoint import Position
 from mpdit.train.console import Reporter
 from mpdit.train.environment import environment
 from mpdit.train.metrics import Metrics
+from mpdit.train.saver import Saver
 from mpdit.train.session import Session
 from mpdit.train.tracking import Tracker
 
@@ -55,10 +56,15 @@ class Sets:
 
 
 def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]:
-    """(checkpoint, step) to go on from, (None, 0) for a new run. Raises InputError for another model or data."""
+    """(checkpoint, step) to go on from, (None, 0) for a new run; collective. Raises InputError for another model or
+    data."""
     path = checkpoint.newest(Path(config.run.dir), warn)
     if path is None:
         return None, 0
+    return path, groups.decided_by_rank_0(lambda: _start_at(path, config, sets))
+
+
+def _start_at(path: Path, config: Config, sets: Sets) -> int:
     at = checkpoint.position(path, config)
     checkpoint.same_tokenizer(path, at, sets.tokenizer)
     if at.plan_hash != sets.plan.hash:
@@ -66,7 +72,7 @@ def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]
             f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, "
             "or give another run.dir."
         )
-    return path, at.step
+    return at.step
 
 
 def train(config: Config, asked: Config | None = None) -> None:
@@ -97,8 +103,8 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 def _locked(file: IO[str]) -> bool:
-    # Of the process alone: megatron-core forks a server for its checkpoints' queue off rank 0, which would inherit a
-    # flock and, outliving a rank 0 that was killed, keep the restarted one out.
+    # Of the process alone: whatever is forked off rank 0 would inherit a flock and, outliving a rank 0 that was killed,
+    # keep the restarted one out.
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -107,7 +113,7 @@ def _locked(file: IO[str]) -> bool:
 
 
 def _train(config: Config, asked: Config, sets: Sets) -> None:
-    path, start = groups.decided_by_rank_0(lambda: find_start(config, sets, _warn))
+    path, start = find_start(config, sets, _warn)
     if start >= config.train.steps:
         if groups.rank() == 0:
             _warn(f"{path}: the run has its {config.train.steps} steps; raise train.steps to go on.")
@@ -182,13 +188,17 @@ class _Run:
         self.config, self.sets, self.run, self.recorder = config, sets, run, recorder
         self._val: list[batches.Batch] | None = None
         self._ema_due = False
+        self.saver = Saver(Path(config.run.dir), recorder.report.say)
 
     def from_step(self, start: int) -> None:
         train = self.config.train
+        self.saver.newest = start or None
         feed = batches.TrainFeed(self.config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
         try:
             for step in range(start, train.steps):
                 row, done = self._step(step, feed), step + 1
+                self.saver.poll()
+                row |= self.saver.news()
                 with self._looking(done) as looking:
                     if looking and self._due(done, train.val_every):
                         row["val_loss"] = self._validate()
@@ -197,7 +207,12 @@ class _Run:
                 self._record(row)
                 if self._due(done, train.save_every):
                     self._save(done)
+            self.saver.finish()
+        except CheckFailed:  # the same on every rank
+            self.saver.wait()
+            raise
         finally:
+            self.saver.close()
             feed.close()
 
     def _due(self, done: int, every: int) -> bool:
@@ -289,6 +304,11 @@ class _Run:
     def _save(self, done: int) -> None:
         if self.recorder.metrics:
             self.recorder.metrics.sync()
+        if self.saver.busy:
+            self.recorder.report.say("the checkpoint before is still being written; the next one waits for it")
+            self.saver.wait()
         sets = self.sets
         at = Position(step=done, plan_hash=sets.plan.hash, tokenizer_sha256=sets.tokenizer.sha256)
-        checkpoint.save(self.run, self.config, at, self.recorder.dir)
+        self.saver.begin(self.run, self.config, at)
+        if not self.config.train.async_save:
+            self.saver.wait()

@@ -73,7 +73,8 @@ _BOUNDS = {
     **dict.fromkeys(
         (
             *("parallel.micro_batch", "data.workers", "train.save_every", "train.val_every", "train.sample_every"),
-            *("train.keep_last", "model.vocab_size", "model.text_dim", "optim.warmup_steps", "optim.decay_steps"),
+            *("train.keep_last", "train.keep_every"),
+            *("model.vocab_size", "model.text_dim", "optim.warmup_steps", "optim.decay_steps"),
             *("objective.repa_weight", "objective.repa_block"),
             *("optim.lr", "optim.weight_decay", "optim.clip", "mup.output_mult", "objective.logit_std"),
             *(f"mup.lr_mult.{group}" for group in Group),

@@ -186,12 +186,12 @@ def test_another_model_or_data_is_refused(tiny_set: Path, tmp_path: Path) -> Non
 
 def test_damaged_checkpoints_are_passed_over(tiny_set: Path, tmp_path: Path) -> None:
     """Truncated, flipped, removed or emptied: named, and the one before it is used."""
-    from mpdit.train import checkpoint
+    from mpdit.train import checkpoints
 
     settings: dict[str, Any] = {"train": {"steps": 6, "save_every": 2, "keep_last": 0}, "optim": {"warmup_steps": 1}}
     ranks.run(1, train, config=run_config(tiny_set, tmp_path, {}, **settings))
     newest = tmp_path / "checkpoints" / "step_6"
-    checkpoint.verify(newest)
+    checkpoints.verify(newest)
     files = [p for p in newest.rglob("*") if p.is_file()]
     assert {p.name for p in files} >= {".metadata", "manifest.json", "metadata.json", "state.json"}
     assert any(p.suffix == ".distcp" for p in files)
@@ -201,14 +201,14 @@ def test_damaged_checkpoints_are_passed_over(tiny_set: Path, tmp_path: Path) -> 
         for damage in (whole[: len(whole) // 2], flipped, b"", None):
             path.unlink() if damage is None else path.write_bytes(damage)
             said: list[str] = []
-            assert checkpoint.newest(tmp_path, said.append) == tmp_path / "checkpoints" / "step_4", path
+            assert checkpoints.newest(tmp_path, said.append) == tmp_path / "checkpoints" / "step_4", path
             assert len(said) == 1
             assert "step_6" in said[0]
             path.write_bytes(whole)
     for step in (2, 4, 6):
         (tmp_path / "checkpoints" / f"step_{step}" / "manifest.json").unlink()
     with pytest.raises(InputError, match="no complete checkpoint"):
-        checkpoint.newest(tmp_path, print)
+        checkpoints.newest(tmp_path, print)
 
 
 @pytest.mark.dist
@@ -216,9 +216,9 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoints(tiny_set: Path, tmp_path
     settings: dict[str, Any] = {"train": {"save_every": 1, "keep_last": 2}, "optim": {"lr": 1e30, "clip": 0.0}}
     with pytest.raises(ranks.RankFailed, match=r"CheckFailed: step .* the run has diverged"):
         ranks.run(2, train, config=run_config(tiny_set, tmp_path, {}, **settings))
-    from mpdit.train import checkpoint
+    from mpdit.train import checkpoints
 
-    kept = checkpoint.newest(tmp_path, print)
+    kept = checkpoints.newest(tmp_path, print)
     assert kept is not None
     assert all(abs(row["loss"]) < float("inf") for row in metrics(tmp_path))
 

@@ -71,16 +71,16 @@ def main(argv: list[str]) -> int:
 
 def choose(arguments: Arguments, config: Config) -> "tuple[Path, Position]":
     """The checkpoint to draw with, verified, and where it stands. Raises InputError if there is no good one."""
-    from mpdit.train import checkpoint
+    from mpdit.train import checkpoint, checkpoints
 
     def warn(text: str) -> None:
         print(f"mpdit: {text}", file=sys.stderr)
 
-    path = arguments.checkpoint or checkpoint.newest(arguments.run, warn)
+    path = arguments.checkpoint or checkpoints.newest(arguments.run, warn)
     if path is None:
         raise InputError(f"{arguments.run}: has no checkpoint yet; train with train.save_every, or to the end.")
     if arguments.checkpoint:
-        checkpoint.verify(path)
+        checkpoints.verify(path)
     return path, checkpoint.position(path, config)
 
 

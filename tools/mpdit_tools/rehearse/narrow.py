@@ -104,7 +104,7 @@ def _rank(rank: int, world: int, config: Config, meeting: str, save: bool) -> No
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=world)
     from mpdit.parallel import groups
-    from mpdit.train import batches, checkpoint, loop, preflight, session
+    from mpdit.train import batches, checkpoint, loop, preflight, saver, session
     from mpdit.train.checkpoint import Position
 
     config = preflight.check(config, world)
@@ -121,7 +121,7 @@ def _rank(rank: int, world: int, config: Config, meeting: str, save: bool) -> No
         run.ema.update()
         if save and step + 1 == _SAVED:
             at = Position(step=step + 1, plan_hash=sets.plan.hash, tokenizer_sha256=sets.tokenizer.sha256)
-            checkpoint.save(run, config, at, Path(config.run.dir))
+            saver.save(run, config, at, Path(config.run.dir))
     feed.close()
     if rank == 0:
         (Path(meeting) / "losses.json").write_text(json.dumps(losses), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""``mpdit checkpoint``: what a run has saved, whether it is whole, and the same in other files."""
