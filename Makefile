@@ -27,7 +27,13 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" --hypothesis-profile=ci --durations=8 $(WORKERS)
 
-test-slow: $(STAMP)
+# With mlflow's own server, which some of these tests start.
+UI := $(VENV)/.installed-ui
+$(UI): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev,ui]"
+	@touch $@
+
+test-slow: $(UI)
 	$(BIN)/python -m pytest -m "slow and not slurm"
 
 # A real Slurm of two nodes on this machine; installs Debian's if it is not there. Needs root.

@@ -6,6 +6,7 @@ import signal
 import sys
 
 from mpdit.errors import CheckFailed, InputError
+from mpdit.redact import redact_uri
 
 # command: (module:function, what it does). function(argv) -> exit code.
 COMMANDS = {
@@ -19,6 +20,7 @@ COMMANDS = {
     "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),
     "sample": ("mpdit_tools.sample:main", "pictures for prompts out of a run's checkpoint"),
     "checkpoint": ("mpdit_tools.checkpoint.main:main", "list, verify or reshard the checkpoints of a run"),
+    "track":  ("mpdit_tools.track:main", "sync: bring a run's MLflow up to its metrics.jsonl"),
     "mup-table": ("mpdit_tools.mup_table:main", "what muP gives each parameter of a model, and gave its proxy"),
 }  # fmt: skip
 
@@ -67,5 +69,6 @@ def _main(argv: list[str]) -> int:
     except (InputError, CheckFailed) as error:
         rank, alone = os.environ.get("RANK", "0"), getattr(error, "any_rank", False)
         if alone or os.environ.get("LOCAL_RANK", rank) == "0":  # once a node: nodes may see different files
-            print(f"mpdit: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
+            said = redact_uri(str(error))  # it may repeat a value or a command line
+            print(f"mpdit: {f'rank {rank}: ' if rank != '0' else ''}{said}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

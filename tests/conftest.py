@@ -1,5 +1,10 @@
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,38 @@ def mixed_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixed")
     ranks.run(1, lambda rank, world: str(tiny.build_set(folder, mixed=True)))
     return folder / "set"
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Variables of its own, and no thread left behind: other tests fork this process."""
+    before = set(threading.enumerate())
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new sqlite store: 65 tables by migrations, seconds of work, so made once and copied."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    code = "import sys; from mlflow.tracking import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
+    variables = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    command = [sys.executable, "-c", code, f"sqlite:///{path}"]
+    subprocess.run(command, env=variables, capture_output=True, check=True, timeout=300)
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, mlflow_template: Path) -> Path:
+    """An empty run folder beside a store."""
+    shutil.copy(mlflow_template, tmp_path / "mlflow.db")
+    run = tmp_path / "run 1"
+    run.mkdir()
+    return run
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -20,6 +20,7 @@ from mpdit.data.plan import Plan
 from mpdit.errors import CheckFailed, InputError
 from mpdit.mup.table import rows
 from mpdit.parallel import groups
+from mpdit.redact import redact_uri
 from mpdit.sample import grid
 from mpdit.train import batches, checkpoint, session
 from mpdit.train.checkpoint import Position
@@ -28,7 +29,7 @@ from mpdit.train.environment import environment
 from mpdit.train.metrics import Metrics
 from mpdit.train.saver import Saver
 from mpdit.train.session import Session
-from mpdit.train.tracking import Tracker, redact_uri
+from mpdit.train.tracking import Tracker
 
 _LETTING_GO_S = 5.0  # a job that was just killed may take a moment to let go of its run folder
 _GRID_PROMPTS = 16  # validation captions drawn when sample.prompts is empty
@@ -147,7 +148,7 @@ class _Recorder:
             sets.tokenizer.save(self.dir)  # pictures need no data set
             _write_json(self.dir / "mup_table.json", rows(run.network.table))
             _write_json(self.dir / "environment.json", environment())
-            self.metrics = self._open.enter_context(Metrics(self.dir / "metrics.jsonl", start))
+            self.metrics = self._open.enter_context(Metrics(self.dir / "metrics.jsonl", start, warn=_warn))
             self.tracker = self._open.enter_context(
                 Tracker(self.dir, uri=config.run.mlflow_uri, experiment=config.run.experiment, params=to_dict(config))
             )
@@ -229,6 +230,7 @@ class _Run:
         batch = self.config.train.batch_size
         return {
             "step": step,
+            "time": round(time.time(), 6),  # unix seconds: MLflow gets the step's own, however late it hears of it
             "loss": loss,
             **repa_loss,
             "lr": lr,

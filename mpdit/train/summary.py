@@ -4,8 +4,8 @@ import statistics
 from pathlib import Path
 
 from mpdit.config import Config
+from mpdit.redact import redact_uri
 from mpdit.train.metrics import read_metrics
-from mpdit.train.tracking import redact_uri
 
 _LAST_STEPS = 20  # the last loss is a mean: single steps are noisy
 

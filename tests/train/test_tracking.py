@@ -1,63 +1,20 @@
-"""metrics.jsonl is the truth; MLflow behind it works when it can and costs nothing when it can't."""
+"""MLflow behind metrics.jsonl works when it can, costs nothing when it can't, and is told in the end what it misses."""
 
-import http.server
-import json
 import os
-import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
+from mlflow_stores import SECRET, files_with, server, store, wait_for
 from mpdit.train.metrics import Metrics, read_metrics
-from mpdit.train.tracking import Tracker, flatten, redact_uri
+from mpdit.train.mlflow_run import Told, flatten
+from mpdit.train.tracking import Tracker
 
-SECRET = "open-sesame"
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """Variables of its own, and no thread left behind: other tests fork this process."""
-    before = set(threading.enumerate())
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory):
-    """A new sqlite store: 65 tables by migrations, seconds of work, so made once and copied."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    code = "import sys; from mlflow.tracking import MlflowClient; MlflowClient(sys.argv[1]).search_experiments()"
-    variables = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-c", code, f"sqlite:///{path}"]
-    subprocess.run(command, env=variables, capture_output=True, check=True, timeout=300)
-    return path
-
-
-@pytest.fixture
-def run_dir(tmp_path, template):
-    shutil.copy(template, tmp_path / "mlflow.db")
-    run = tmp_path / "run 1"
-    run.mkdir()
-    return run
-
-
-def store(run_dir):
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(f"sqlite:///{run_dir.parent / 'mlflow.db'}")
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def row(step):
@@ -74,91 +31,6 @@ def train(run_dir, steps, **settings):
             metrics.log(row(step))
             tracker.log(row(step))
         return tracker, time.perf_counter() - began, warnings
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-# ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
-
-
-def test_one_strict_json_object_a_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    values = {"nan": float("nan"), "inf": -float("inf"), "np": np.float32(0.5), "torch": torch.tensor(2), "s": "ö"}
-    with Metrics(path) as metrics:
-        metrics.log({"step": 0, **values, "list": [1.0, float("nan")]})
-        with pytest.raises(ValueError, match="step"):
-            metrics.log({"loss": 1.0})
-    text = path.read_text()
-    assert text.count("\n") == 1
-    told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert told == {"step": 0, "nan": None, "inf": None, "np": 0.5, "torch": 2, "s": "ö", "list": [1.0, None]}
-
-
-@pytest.mark.parametrize("torn", [b"", b'{"step": 10, "lo', b"\0\0\0\0\n\0\0", b'{"step": 10, "loss": 1.0}', b"5\n"])
-def test_resumed_file_is_the_unbroken_runs(tmp_path, torn):
-    with Metrics(tmp_path / "unbroken.jsonl") as metrics:
-        for step in range(20):
-            metrics.log(row(step))
-    path = tmp_path / "metrics.jsonl"
-    with Metrics(path) as metrics:
-        for step in range(10):
-            metrics.log(row(step))
-    with path.open("ab") as file:
-        file.write(torn)
-    assert [line["step"] for line in read_metrics(path)][:10] == list(range(10))
-    with Metrics(path, 7) as metrics:
-        assert metrics.kept == 7
-        assert metrics.removed == 3 + torn.count(b"\n") + (not torn.endswith(b"\n") and torn != b"")
-        for step in range(7, 20):
-            metrics.log(row(step))
-    assert path.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
-
-
-def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}')
-    with Metrics(path, 2) as metrics:
-        metrics.log({"step": 2})
-    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2]
-
-
-def test_a_killed_process_has_every_line(tmp_path):
-    code = (
-        "import os, sys; from mpdit.train.metrics import Metrics\n"
-        "metrics = Metrics(sys.argv[1])\n"
-        "for step in range(5): metrics.log({'step': step})\n"
-        "os.kill(os.getpid(), 9)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.jsonl")], timeout=60)
-    assert done.returncode == -signal.SIGKILL
-    assert len(read_metrics(tmp_path / "m.jsonl")) == 5
-
-
-# ---- secrets ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("uri", "told"),
-    [
-        ("http://me:pw@host:5000/x", "http://***@host:5000/x"),
-        ("http://me:p@w@host", "http://***@host"),
-        ("https://token@host/?api_key=abc&x=1", "https://***@host/?api_key=***&x=***"),
-        ("postgresql+psycopg2://me:p%40w@db/runs?sslmode=require", "postgresql+psycopg2://***@db/runs?sslmode=***"),
-        ("http://it's:me@host", "http://***@host"),
-        ("mlflow_uri: 'http://me:pw@host?t=a'\nnext: 1", "mlflow_uri: 'http://***@host?t=***'\nnext: 1"),
-        ("sqlite:////data/a@b/mlflow.db?timeout=1", "sqlite:////data/a@b/mlflow.db?timeout=1"),
-        ("http://host:5000", "http://host:5000"),
-        ("databricks", "databricks"),
-        ("a cat @ home?a=b", "a cat @ home?a=b"),
-    ],
-)
-def test_redact_uri(uri, told):
-    assert redact_uri(uri) == told
 
 
 def test_params_are_flat_texts_without_credentials():
@@ -245,109 +117,130 @@ def test_a_store_that_forgot_the_run_gets_a_new_one(run_dir):
     assert (run_dir / "mlflow_run_id").read_text().strip() == second.run_id
 
 
-def rename_table(run_dir, old, new):
+def execute(run_dir, statement):
     with sqlite3.connect(run_dir.parent / "mlflow.db", timeout=60) as database:
-        database.execute(f"ALTER TABLE {old} RENAME TO {new}")
+        database.execute(statement)
     database.close()
 
 
-def test_a_store_that_comes_back_gets_everything(run_dir):
-    tracker = Tracker(run_dir, retry_after=[0.1] * 600)
-    wait_for(lambda: tracker.run_id)
-    rename_table(run_dir, "metrics", "gone")
-    tracker.log(row(0))
-    time.sleep(1.5)
-    rename_table(run_dir, "gone", "metrics")
-    wait_for(lambda: store(run_dir).get_metric_history(tracker.run_id, "loss"))
-    tracker.close()
-    assert tracker.lost == 0
-
-
-def test_a_store_that_breaks_halfway_turns_it_off(run_dir):
+def test_a_store_that_breaks_and_comes_back_gets_everything(run_dir):
     warnings = []
-    tracker = Tracker(run_dir, retry_after=[0.1], warn=warnings.append)
+    tracker = Tracker(run_dir, pauses=(0.1, 0.3), warn=warnings.append)
     wait_for(lambda: tracker.run_id)
-    rename_table(run_dir, "metrics", "gone")
-    for step in range(5):
+    execute(run_dir, "ALTER TABLE metrics RENAME TO gone")
+    for step in range(200):
         tracker.log(row(step))
     wait_for(lambda: warnings)
-    tracker.log(row(5))
+    tracker.log_file(run_dir / "mlflow_run_id")
+    time.sleep(1)
+    execute(run_dir, "ALTER TABLE gone RENAME TO metrics")
+    tracker.log(row(200))
+    wait_for(lambda: len(store(run_dir).get_metric_history(tracker.run_id, "loss")) == 201)
+    tracker.close()
+    assert tracker.lost == 0
+    assert len(warnings) == 1
+    assert warnings[0].startswith("MLflow is tried again while the run lives (MlflowException: ")
+    assert [file.path for file in store(run_dir).list_artifacts(tracker.run_id)] == ["mlflow_run_id"]
+
+
+def test_a_store_that_was_away_at_the_start_gets_everything(run_dir):
+    warnings = []
+    execute(run_dir, "CREATE TRIGGER away BEFORE INSERT ON runs BEGIN SELECT RAISE(FAIL, 'away'); END")
+    tracker = Tracker(run_dir, params={"a": 1}, capacity=20, pauses=(0.1, 0.3), warn=warnings.append)
+    for step in range(50):
+        tracker.log(row(step))
+    wait_for(lambda: warnings)
+    execute(run_dir, "DROP TRIGGER away")
+    wait_for(lambda: tracker.run_id)
+    tracker.close()
+    client = store(run_dir)
+    assert [p.step for p in client.get_metric_history(tracker.run_id, "loss")] == list(range(30, 50)), "the newest"
+    assert client.get_run(tracker.run_id).data.params == {"a": "1"}
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    assert tracker.lost == 30
+    assert len(warnings) == 2
+    assert "MLflow misses 30 log calls (" in warnings[1]
+
+
+def test_a_store_that_stays_broken_is_told_of_at_the_end(run_dir):
+    warnings = []
+    tracker = Tracker(run_dir, pauses=(0.1, 0.1), warn=warnings.append)
+    wait_for(lambda: tracker.run_id)
+    execute(run_dir, "ALTER TABLE metrics RENAME TO gone")
+    (run_dir / "metrics.jsonl").touch()
+    for step in range(6):
+        tracker.log(row(step))
+    wait_for(lambda: warnings)
     tracker.close("FAILED")
-    assert "no such table" in warnings[0]
-    assert (len(warnings), tracker.lost) == (1, 6)
+    assert tracker.lost == 6
+    assert len(warnings) == 2
+    assert warnings[1].startswith("MLflow misses 6 log calls (MlflowException")
+    assert warnings[1].endswith(f"and this brings MLflow up to it: mpdit track sync '{run_dir}'")
+    assert Told.read(run_dir).status == "FAILED"
+
+
+def test_a_run_whose_creation_was_not_answered_is_found_again(run_dir):
+    with Tracker(run_dir) as first:
+        first.log(row(0))
+    (run_dir / "mlflow_run_id").unlink()  # what is left when the answer never came
+    with Tracker(run_dir) as second:
+        second.log(row(1))
+    assert second.run_id == first.run_id
+    assert (run_dir / "mlflow_run_id").read_text().strip() == first.run_id
+
+
+def test_what_a_store_refuses_costs_itself_alone(run_dir):
+    warnings = []
+    tracker = Tracker(run_dir, warn=warnings.append)
+    tracker.log({"step": 0, "no/such:name!": 1.0})
+    wait_for(lambda: tracker.lost)
+    tracker.log(row(1))
+    tracker.close()
+    assert len(store(run_dir).get_metric_history(tracker.run_id, "loss")) == 1
+    assert (tracker.lost, len(warnings)) == (1, 1)
+    assert "refused" in warnings[0]
 
 
 # ---- MLflow, when it doesn't -----------------------------------------------------------------------------------------
 
 
-class Failing(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(500)
-        self.end_headers()
-        self.wfile.write(f"no, {SECRET}".encode())
-
-    do_POST = do_GET
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def port(request):
-    """Of a server that is dead, mute (accepts and never answers) or failing (500)."""
-    if request.param == "failing":
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield server.server_address[1]
-            server.shutdown()
-    else:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-            if request.param == "dead":
-                server.close()
-            yield port
-
-
-@pytest.mark.parametrize("port", ["dead", "failing"], indirect=True)
-def test_a_server_that_refuses_costs_one_line(run_dir, port, capfd):
-    uri = f"http://me:{SECRET}@127.0.0.1:{port}/?token={SECRET}"
-    tracker, seconds, warnings = train(run_dir, range(2000), uri=uri, retry_after=[], params={"uri": uri})
-    assert seconds < 5
-    wait_for(lambda: warnings)
-    tracker.log(row(2000))
-    began = time.monotonic()
-    tracker.close(timeout=20)
-    assert time.monotonic() - began < 10
-    assert len(warnings) == 1
-    assert "MLflow is off" in warnings[0]
-    assert "metrics.jsonl" in warnings[0]
+@pytest.mark.parametrize("kind", ["dead", "failing"])
+def test_a_server_that_refuses_costs_two_lines(run_dir, kind, capfd):
+    with server(kind) as port:
+        uri = f"http://me:{SECRET}@127.0.0.1:{port}/?token={SECRET}"
+        tracker, seconds, warnings = train(run_dir, range(2000), uri=uri, pauses=(0.1, 0.2), params={"uri": uri})
+        assert seconds < 5
+        wait_for(lambda: warnings)
+        tracker.log(row(2000))
+        began = time.monotonic()
+        tracker.close(timeout=20)
+        assert time.monotonic() - began < 10
     assert tracker.lost == 2001
+    assert len(warnings) == 2
+    assert "MLflow is tried again while the run lives" in warnings[0]
+    assert "MLflow misses 2001 log calls (MlflowException: " in warnings[1]
     assert len(read_metrics(run_dir / "metrics.jsonl")) == 2000
     assert not (run_dir / "mlflow_run_id").exists()
-    written = [path.read_bytes() for path in run_dir.rglob("*") if path.is_file()]
-    told = "".join(warnings) + "".join(capfd.readouterr())
-    assert SECRET not in told
-    assert not any(SECRET.encode() in file for file in written)
+    assert SECRET not in "".join(warnings) + "".join(capfd.readouterr())
+    assert files_with(SECRET, run_dir) == []
+    assert Told.read(run_dir).uri == f"http://***@127.0.0.1:{port}/?token=***"
 
 
-@pytest.mark.parametrize("port", ["mute"], indirect=True)
-def test_a_mute_server_holds_nothing_up(run_dir, port):
-    uri = f"http://127.0.0.1:{port}"
-    tracker, seconds, warnings = train(run_dir, range(2000), uri=uri, capacity=100)
-    assert seconds < 5
-    assert tracker.lost == 1900  # the newest hundred wait for the server
-    began = time.monotonic()
-    tracker.close(timeout=0.5)
+def test_a_mute_server_holds_nothing_up(run_dir, monkeypatch):
+    with server("mute") as port:
+        tracker, seconds, warnings = train(run_dir, range(2000), uri=f"http://127.0.0.1:{port}", capacity=100)
+        assert seconds < 5
+        assert tracker.lost == 1900  # the newest hundred wait for the server
+        began = time.monotonic()
+        tracker.close(timeout=0.5)
+        assert time.monotonic() - began < 10
     tracker.close(timeout=60)
-    assert time.monotonic() - began < 10
     assert len(warnings) == 1
-    assert "did not answer within 0.5 s" in warnings[0]
-    assert tracker.lost == 2000
+    assert "MLflow misses 2000 log calls" in warnings[0]
     assert len(read_metrics(run_dir / "metrics.jsonl")) == 2000
 
 
-@pytest.mark.parametrize("port", ["mute"], indirect=True)
-def test_a_process_ends_while_its_server_is_mute(run_dir, port):
+def test_a_process_ends_while_its_server_is_mute(run_dir):
     code = (
         "import sys, time; from mpdit.train.tracking import Tracker\n"
         "tracker = Tracker(sys.argv[1], uri=sys.argv[2])\n"
@@ -357,11 +250,11 @@ def test_a_process_ends_while_its_server_is_mute(run_dir, port):
         "time.sleep(0.5); tracker.close(timeout=0.2); print('closed')"
     )
     variables = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
-    command = [sys.executable, "-c", code, str(run_dir), f"http://127.0.0.1:{port}"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    with server("mute") as port:
+        command = [sys.executable, "-c", code, str(run_dir), f"http://127.0.0.1:{port}"]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "closed\n")
-    assert done.stderr.startswith("mpdit: MLflow is off: ")
-    assert done.stderr.count("\n") == 1
+    assert done.stderr == ("mpdit: MLflow misses 1 log calls (it did not answer within 0.2 s of the end of the run).\n")
 
 
 def test_without_mlflow(run_dir, monkeypatch):
@@ -369,8 +262,8 @@ def test_without_mlflow(run_dir, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     tracker, _, warnings = train(run_dir, range(5))
     tracker.close()
-    assert "ModuleNotFoundError" in warnings[0]
-    assert (len(warnings), tracker.lost) == (1, 5)
+    assert "MLflow is off (ModuleNotFoundError" in warnings[0]
+    assert (len(warnings), tracker.lost) == (2, 5)
 
 
 def test_a_file_that_is_gone_costs_itself_alone(run_dir):
@@ -381,6 +274,7 @@ def test_a_file_that_is_gone_costs_itself_alone(run_dir):
     assert len(store(run_dir).get_metric_history(tracker.run_id, "loss")) == 4
     assert store(run_dir).get_run(tracker.run_id).info.status == "FINISHED"
     assert (tracker.lost, len(warnings)) == (1, 1)
+    assert "gone.png was gone" in warnings[0]
 
 
 def test_importing_the_module_imports_no_mlflow():

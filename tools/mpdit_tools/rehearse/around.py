@@ -10,7 +10,7 @@ from mpdit.data.decode import decode
 from mpdit.data.mixture import Mixture
 from mpdit.data.shards import BadSample
 from mpdit.errors import CheckFailed, InputError
-from mpdit.train.tracking import redact_uri
+from mpdit.redact import redact_uri
 
 _DECODED = 64  # samples, spread over the set
 _TRACKING_S = 10

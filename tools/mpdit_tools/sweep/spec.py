@@ -12,7 +12,7 @@ import yaml
 from mpdit import config as configs
 from mpdit.config import Config, flat, suggestion
 from mpdit.errors import InputError
-from mpdit.train.tracking import redact_uri
+from mpdit.redact import redact_uri
 from mpdit_tools.sweep import space
 from mpdit_tools.sweep.space import Axis
 

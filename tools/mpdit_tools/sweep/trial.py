@@ -17,8 +17,8 @@ from typing import IO, Any
 
 from mpdit.config import suggestion
 from mpdit.errors import InputError
+from mpdit.redact import redact_uri
 from mpdit.train.metrics import read_metrics
-from mpdit.train.tracking import redact_uri
 from mpdit_tools.sweep import leash
 from mpdit_tools.sweep.results import State
 from mpdit_tools.sweep.space import Params

@@ -10,7 +10,7 @@ from mpdit.config import Config, flat
 from mpdit.errors import InputError
 from mpdit.mup.transferable import same_shares, transfer_from
 from mpdit.presets import PRESETS
-from mpdit.train.tracking import redact_uri
+from mpdit.redact import redact_uri
 from mpdit_tools.transfer.source import Source, Tree, tree_of
 
 # Hyperparameters of which muP's theory does not say how they follow the width: the proxy's are kept, unless the

@@ -13,7 +13,7 @@ import yaml
 from mpdit import config as configs
 from mpdit.config import Config
 from mpdit.errors import InputError
-from mpdit.train.tracking import redact_uri
+from mpdit.redact import redact_uri
 from mpdit_tools.transfer import trials
 from mpdit_tools.transfer.source import Source, Tree
 from mpdit_tools.transfer.trials import Trial

@@ -1,0 +1,105 @@
+"""A whole run beside an MLflow server that is away, hangs, dies and comes back; and no credential in what it leaves."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import commands
+import ranks
+import tiny
+from mlflow_stores import SECRET, RealServer, files_with, server
+from mpdit import config as configs
+from mpdit.config import Config
+from mpdit.train.mlflow_run import Told
+
+
+def train(rank: int, world: int, config: Config) -> None:
+    from mpdit.parallel import groups
+    from mpdit.train import loop, preflight
+
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"
+    config = preflight.check(config, world)
+    groups.start(config.parallel, config.train.seed)
+    loop.train(config)
+    groups.stop()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.dist
+def test_no_credential_gets_into_a_run_folder_and_its_config_starts_it_again(tiny_set: Path, tmp_path: Path) -> None:
+    short = {"train": {"steps": 2}, "optim": {"warmup_steps": 1}}
+    with server("dead") as port:
+        uri = f"http://me:{SECRET}@127.0.0.1:{port}/?token={SECRET}"
+        config = tiny.config(tiny_set, run={"dir": str(tmp_path / "run"), "mlflow_uri": uri}, **short)
+        ranks.run(1, train, config=config)
+        assert files_with(SECRET, tmp_path) == []
+        told = Told.read(tmp_path / "run")
+        assert told is not None
+        assert (told.uri, told.status) == (f"http://***@127.0.0.1:{port}/?token=***", "FINISHED")
+        again = configs.load(tmp_path / "run", ["train.steps=4"])
+        assert again.run.mlflow_uri == told.uri
+        ranks.run(1, train, config=again)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.skipif(bool(RealServer.missing()), reason=RealServer.missing() or "-")
+def test_a_server_that_is_away_hangs_dies_and_comes_back(tiny_set: Path, tmp_path: Path) -> None:
+    """`mlflow server` itself. The run ends while it is dead; then `mpdit track sync` brings it up to the run."""
+    from mlflow.tracking import MlflowClient
+
+    steps, mlflow = 1500, RealServer(tmp_path)
+    config = tiny.config(
+        tiny_set,
+        parallel={"tp": 2},
+        train={"steps": steps, "sample_every": steps // 5},
+        run={"dir": str(tmp_path / "run"), "mlflow_uri": mlflow.uri},
+    )
+    acts = {1: mlflow.start, 2: lambda: mlflow.signal(signal.SIGSTOP), 3: lambda: mlflow.signal(signal.SIGCONT)}
+    try:
+        world = ranks.start(2, train, timeout_s=600, config=config)
+        try:
+            for fifth, act in {**acts, 4: mlflow.kill}.items():
+                while not (rows := lines(tmp_path / "run")) or rows < fifth * steps // 5:
+                    assert time.monotonic() - world.began < 500
+                    time.sleep(0.01)
+                act()
+            world.results()
+        finally:
+            world.close()
+        assert lines(tmp_path / "run") == steps
+        mlflow.start()
+        code, out, error = commands.run("track", "sync", tmp_path / "run", "--json")
+        assert (code, error) == (0, "")
+        added = json.loads(out)
+        assert added["status"] == "FINISHED"
+        assert added["points"] > 0, "the run ended while its server was dead"
+        client, rows = MlflowClient(mlflow.uri), metrics(tmp_path / "run")
+        assert len(client.search_runs(["0", *(e.experiment_id for e in client.search_experiments())])) == 1
+        for key in ("loss", "lr", "grad_norm", "data_s", "val_loss"):
+            found = [(p.step, p.value) for p in client.get_metric_history(added["run_id"], key)]
+            assert sorted(found) == [(row["step"], row[key]) for row in rows if key in row]
+        pictures = [Path(file.path).name for file in client.list_artifacts(added["run_id"], "samples")]
+        assert pictures == sorted(path.name for path in (tmp_path / "run" / "samples").glob("*.png"))
+        assert len(pictures) == 5
+        again = json.loads(commands.run("track", "sync", tmp_path / "run", "--json")[1])
+        assert (again["points"], again["files"], again["created"]) == (0, [], False)
+        print(f"\n{steps} steps; track sync added {added['points']} points of {added['points_by_metric']}")
+    finally:
+        mlflow.kill()
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
