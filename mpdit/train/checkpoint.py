@@ -8,6 +8,7 @@ incomplete, with a file that disagrees it is damaged.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -30,11 +31,13 @@ _MANIFEST, _STATE = "manifest.json", "state.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """Where a run stands: optimizer steps done, the plan that turns the step into samples, the tokenizer's hash."""
+    """Where a run stands: steps done, the plan that turns the step into samples, the tokenizer's hash; `skipped`: how
+    many of the steps are not in the weights, since they were skipped or rolled back."""
 
     step: int
     plan_hash: str
     tokenizer_sha256: str
+    skipped: int = 0
 
 
 def folder_of(run_dir: Path) -> Path:
@@ -138,13 +141,15 @@ def steps(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is complete and undamaged; None if the run has none at all.
+def newest(run_dir: Path, warn: Callable[[str], None], before: float = math.inf) -> Path | None:
+    """The newest checkpoint, of a step below `before`, that is complete and undamaged; None if the run has none at all.
 
     Damaged ones are named to `warn` and passed over. Raises InputError if there are checkpoints, but none is good.
     """
     broken = None
-    for _, path in steps(run_dir):
+    for step, path in steps(run_dir):
+        if step >= before:
+            continue
         try:
             verify(path)
             return path
@@ -199,7 +204,8 @@ def position(path: Path, config: Config) -> Position:
                     f"{path}: is of another model, with {section}.{key} {theirs.get(key)!r} where the config has "
                     f"{mine.get(key)!r}; set it back, or give another run.dir."
                 )
-    return Position(**{field.name: state[field.name] for field in dataclasses.fields(Position)})
+    known = {field.name for field in dataclasses.fields(Position)}
+    return Position(**{key: value for key, value in state.items() if key in known})
 
 
 def same_tokenizer(path: Path, at: Position, tokenizer: Tokenizer) -> None:
@@ -211,12 +217,13 @@ def same_tokenizer(path: Path, at: Position, tokenizer: Tokenizer) -> None:
         )
 
 
-def load(session: Session, path: Path, step: int) -> None:
-    """Put a verified checkpoint into a session of any layout; collective."""
+def load(session: Session, path: Path, step: int, skipped: int = 0) -> None:
+    """Put a verified checkpoint into a session of any layout; collective. Adam has then taken `step` - `skipped` steps,
+    the schedule stands at `step`."""
     kinds = ("param", "exp_avg", "exp_avg_sq", "ema")
     loaded = _read(session.network, path, kinds)
     with session.settled():
-        optimizer.restore(session.network.chunks, session.optimizer, loaded, step)
+        optimizer.restore(session.network.chunks, session.optimizer, loaded, step - skipped)
     for name, value in session.ema.values.items():
         value.copy_(loaded[name]["ema"])
     session.scheduler.num_steps = 0

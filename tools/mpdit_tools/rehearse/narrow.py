@@ -112,10 +112,10 @@ def _rank(rank: int, world: int, config: Config, meeting: str, save: bool) -> No
     sets, run = loop.Sets.open(config), session.build(config)
     path, start = loop.find_start(config, sets, print)
     if path is not None:
-        checkpoint.load(run, path, start)
-    feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, start)
+        checkpoint.load(run, path, start.step, start.skipped)
+    feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, start.step)
     losses: dict[int, Any] = {}
-    for step in range(start, config.train.steps):
+    for step in range(start.step, config.train.steps):
         losses[step] = run.forward_backward(feed.next())
         run.update()
         run.ema.update()
