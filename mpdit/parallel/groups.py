@@ -83,7 +83,8 @@ def agree(values: Sequence[int]) -> list[int]:
 
 def meeting_place() -> Any:
     """A connection of its own to the world's key-value store, for another thread than the one that trains."""
-    return dist.distributed_c10d._get_default_store().clone()
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def sum_over_data(value: int) -> int:

@@ -167,4 +167,3 @@ def read(path: Path) -> BadStep:
         return BadStep(**values | {"verdict": Verdict[tree["verdict"]], "limits": limits})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: is damaged ({error}); the run folder's metrics.jsonl names its step.") from error
-

@@ -112,8 +112,8 @@ def _ranges(config: Config) -> None:
     optim, train = config.optim, config.train
     if 0 < config.guard.spike_factor <= 1:
         raise InputError(
-            f"guard.spike_factor is {config.guard.spike_factor}, which good steps exceed too; it should be above 1, such "
-            "as 4, or 0 for off."
+            f"guard.spike_factor is {config.guard.spike_factor}, which good steps exceed too; it should be above 1, "
+            "such as 4, or 0 for off."
         )
     if optim.warmup_steps >= train.steps:
         raise InputError(f"optim.warmup_steps {optim.warmup_steps} should be less than train.steps {train.steps}.")

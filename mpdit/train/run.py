@@ -246,9 +246,7 @@ class Run:
     def _save(self, done: int) -> None:
         self.recorder.sync()
         sets = self.sets
-        at = Position(
-            step=done, plan_hash=sets.plan.hash, tokenizer_sha256=sets.tokenizer.sha256, skipped=self.skipped
-        )
+        at = Position(step=done, plan_hash=sets.plan.hash, tokenizer_sha256=sets.tokenizer.sha256, skipped=self.skipped)
         checkpoint.save(self.run, self.config, at, self.recorder.dir)
         self._save_due = False
 

@@ -41,6 +41,10 @@ class Network:
     def predict(self, micro_batches: list[Batch]) -> list[torch.Tensor]:
         return schedule.predict(self.ctx, self.chunks, micro_batches, self.crossing)
 
+    def each_loss(self, micro_batches: list[Batch]) -> torch.Tensor:
+        """The loss of each micro-batch, without gradients: [data ranks, micro-batches], on every rank; collective."""
+        return schedule.each_loss(self.ctx, self.chunks, micro_batches, self.loss, self.crossing)
+
     def validate(self, micro_batches: list[Batch]) -> float:
         """The mean loss, without gradients, on every rank."""
         with torch.no_grad():
