@@ -30,7 +30,7 @@ _FIRST = 3  # x the timeout: the first step compiles kernels and opens data
 _BEAT_S = 2.0
 _SILENT = 3  # beats that a rank misses before it counts as gone
 _NAMED = 8  # ranks in a sentence
-_FRAMES = 3  # of a stack in it
+_FRAMES = 4  # of a stack in it
 _WAITING = ("torch/distributed", "megatron/core")  # where a rank is that waits for others
 _STDERR = 2
 
@@ -192,7 +192,7 @@ class Watchdog:
         return Beat(**values | {"stack": tuple(values["stack"])})
 
     def _stack(self) -> tuple[str, ...]:
-        frames = traceback.extract_stack(sys._current_frames().get(self._main), limit=-_FRAMES)
+        frames = traceback.extract_stack(sys._current_frames().get(self._main), limit=_FRAMES)
         return tuple(f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(frames))
 
 

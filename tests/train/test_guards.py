@@ -7,12 +7,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import poison
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import poison
 import ranks
 import tiny
 from mpdit.config import Config, Guard
