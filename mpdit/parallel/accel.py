@@ -200,9 +200,11 @@ def _patch_random() -> None:
 
 
 def _end_with_parent() -> None:
-    """A rank that is killed leaves no server behind, where the system can promise that (Linux's PR_SET_PDEATHSIG)."""
+    """A rank that is killed leaves no server behind, where the system can promise that (Linux's PR_SET_PDEATHSIG). A
+    SIGTERM to all that belongs to the job, as Slurm sends it, is for the rank, which needs its server to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
 
 
 def _patch_checkpoint_queue() -> None:

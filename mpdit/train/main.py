@@ -41,7 +41,9 @@ def main(argv: list[str]) -> int:
     groups.start(config.parallel, config.train.seed, watchdog.collective_timeout_s(config.guard))
     try:
         loop.train(config, asked)
-    except signals.Stop:
+    except signals.Stop as stop:
+        if groups.rank() == 0:
+            print(f"mpdit: {stop.said}", flush=True)
         groups.barrier()  # one that left before the others are done would have its launcher end them
         groups.stop()
         raise

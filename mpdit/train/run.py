@@ -71,8 +71,7 @@ class Run:
                     self.watch.at(step, "save")
                     self._save(done)
                 if signal and done < train.steps:
-                    self.recorder.report.say(f"asked to stop by signal {signal}: saved at step {done}")
-                    raise signals.Stop(signal)
+                    raise signals.Stop(signal, done)
         finally:
             feed.close()
 

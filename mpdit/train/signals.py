@@ -13,11 +13,12 @@ _ECHO_S = 3.0  # the launcher passes on what the whole process group had already
 
 
 class Stop(SystemExit):
-    """The run was asked to end, has saved and leaves; ``code`` is what the scheduler needs. Every rank raises it."""
+    """The run was asked to end, has saved after `steps` steps and leaves; ``code`` is what the scheduler needs. Every
+    rank raises it."""
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, steps: int) -> None:
         super().__init__(128 + signum)
-        self.signum = signum
+        self.said = f"asked to stop by {signal.Signals(signum).name}: saved at step {steps}"
 
 
 class Signals:
