@@ -154,6 +154,18 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Guard:
+    """What happens to steps and ranks that go wrong. A step whose loss or gradient is not finite is always skipped."""
+
+    spike_factor: float = 0.0  # skip a step whose loss or gradient norm is above this x the window's median; 0: off
+    window: int = 64  # good steps that the median is taken of; before there are so many, no step is a spike
+    max_skipped: int = 3  # steps skipped in a row before the run stops or rolls back
+    then: Literal["stop", "rollback"] = "stop"  # rollback: on from the last good checkpoint's weights, past the batches
+    max_rollbacks: int = 3  # of a run, before it stops
+    hang_timeout_s: float = 600.0  # without progress, then a rank ends the job; the first step has three times it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """How pictures are drawn, during the run and by ``mpdit sample``."""
 
@@ -182,6 +194,7 @@ class Config:
     data: Data = Data()
     objective: Objective = Objective()
     train: Train = Train()
+    guard: Guard = Guard()
     sample: Sample = Sample()
     run: Run = Run()
 

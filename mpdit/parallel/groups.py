@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from mpdit.config import Parallel
-from mpdit.errors import InputError
+from mpdit.errors import CheckFailed, InputError
 from mpdit.parallel import accel
 
 T = TypeVar("T")
@@ -84,6 +84,12 @@ def agree(values: Sequence[int]) -> list[int]:
     return [int(flag) for flag in flags.tolist()]
 
 
+def meeting_place() -> Any:
+    """A connection of its own to the world's key-value store, for another thread than the one that trains."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
+
+
 def sum_over_data(value: int) -> int:
     """The sum of a whole number (below 2^48) over the data-parallel ranks of this place in the model."""
     total = torch.tensor([value], dtype=torch.int64, device=accel.device())
@@ -124,15 +130,15 @@ def gather_objects_over_data(value: Any) -> list[Any]:
 
 
 def decided_by_rank_0(decide: Callable[[], Any]) -> Any:
-    """What `decide()` returns on rank 0, on every rank; an InputError that it raises there is raised on all."""
+    """What `decide()` returns on rank 0, on every rank; an InputError or CheckFailed there is raised on all."""
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             box = [decide()]
-        except InputError as error:
+        except (InputError, CheckFailed) as error:
             box = [error]
     dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], InputError):
+    if isinstance(box[0], InputError | CheckFailed):
         raise box[0]
     return box[0]
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
@@ -142,6 +143,27 @@ def schedule(optim: Optim, steps: int, optimizer: Any) -> OptimizerParamSchedule
         wsd_decay_steps=optim.decay_steps,
         lr_wsd_decay_style="linear",
     )
+
+
+# ---- a step in two halves: whoever looks at the norm may leave the second one out -----------------------------------
+
+
+def gradient_norm(optimizer: Any) -> Any:
+    """The norm of the whole model's reduced gradients, before clipping; collective.
+
+    A float, or a tensor of one number where Megatron leaves it on the device.
+    """
+    optimizer.prepare_grads()
+    return optimizer.get_grad_norm()
+
+
+def update(optimizer: Any, norm: Any) -> None:
+    """Clip by the `norm` that :func:`gradient_norm` has just given, and step: what Megatron's ``step()`` does then."""
+    for inner in _inner(optimizer):
+        parameters = inner.get_parameters()
+        if parameters and inner.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=inner.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
 
 
 # ---- state in model space --------------------------------------------------------------------------------------------

@@ -64,11 +64,41 @@ def forward_backward(
     over this context rank's tokens. `crossing` is that of the one shape that all their images have. Returns the mean
     loss over micro-batches, data and context ranks, on every rank.
     """
-    cp = ctx.config.parallel.cp
     # Megatron divides the main loss by the number of micro-batches; an auxiliary one never comes by there.
     share = 0.0 if forward_only else 1 / len(micro_batches)
     for chunk in chunks if share else ():
         _stage(chunk).auxiliary_losses.clear()
+    return _mean(ctx, _losses(ctx, chunks, micro_batches, loss_function, crossing, share))
+
+
+def each_loss(
+    ctx: Context,
+    chunks: Sequence[nn.Module],
+    micro_batches: Sequence[Any],
+    loss_function: LossFunction,
+    crossing: Crossing,
+) -> Tensor:
+    """The loss of each micro-batch, fp32 [data ranks, micro-batches], on every rank; without gradients, collective."""
+    with torch.no_grad():
+        losses = _losses(ctx, chunks, micro_batches, loss_function, crossing, 0.0)
+    parallel = ctx.config.parallel
+    group = parallel_state.get_data_parallel_group()
+    found = torch.zeros(group.size(), len(micro_batches), device=accel.device())
+    if losses:
+        found[group.rank()] = torch.stack(losses).float() / (parallel.tp * parallel.cp)
+    dist.all_reduce(found)
+    return found
+
+
+def _losses(
+    ctx: Context,
+    chunks: Sequence[nn.Module],
+    micro_batches: Sequence[Any],
+    loss_function: LossFunction,
+    crossing: Crossing,
+    share: float,
+) -> list[Tensor]:
+    """Of this rank's micro-batches, on the last stage; none on others. `share` 0: without gradients."""
 
     def forward_step(iterator: Iterator[Any], stage: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
         micro_batch = next(iterator)
@@ -76,13 +106,13 @@ def forward_backward(
         def loss(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             value = loss_function(prediction, micro_batch)
             # Megatron multiplies by cp and DDP averages over data x context ranks. It divides in place: so a clone.
-            return value / cp, {"loss": value.detach().clone()}
+            return value / ctx.config.parallel.cp, {"loss": value.detach().clone()}
 
         return stage(micro_batch.inputs, crossing, share=share), loss
 
-    reported = _run(ctx, chunks, micro_batches, forward_step, crossing, forward_only)
+    reported = _run(ctx, chunks, micro_batches, forward_step, crossing, forward_only=not share)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    return _mean(ctx, [r["loss"] for r in reported] if last else [])
+    return [r["loss"] for r in reported] if last else []
 
 
 def auxiliary_loss(ctx: Context, chunks: Sequence[nn.Module]) -> float:

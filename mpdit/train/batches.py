@@ -15,6 +15,7 @@ from mpdit.data import buckets, loader
 from mpdit.data.loader import Loader
 from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
+from mpdit.data.quarantine import Bad
 from mpdit.data.text import Tokenizer
 from mpdit.models import repa
 from mpdit.models.layers import Inputs, patchify
@@ -157,6 +158,10 @@ class TrainFeed:
         batch = batch_of(self.config, self.tokenizer, m.images, m.captions, ids, visits, drop_captions=True)
         batch = dataclasses.replace(batch, sample_key=sample_key(m.read_ids.numpy(), visits))
         return batch if self.teacher is None else with_features(batch, self.teacher, m.images)
+
+    def take_bad(self) -> list[Bad]:
+        """Samples that this rank has found damaged since the last call, each once."""
+        return [] if self.loader is None else self.loader.take_bad()
 
     def close(self) -> None:
         if self.loader is not None:

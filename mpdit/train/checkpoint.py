@@ -6,6 +6,7 @@ whatever layout, optimizer or precision wrote them, and where the run stands.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def _network(config: Config) -> dict[str, Any]:
 # ---- what is read ----------------------------------------------------------------------------------------------------
 
 
-def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """:func:`checkpoints.newest` by all ranks together: each reads a share of the files; collective.
+def newest(run_dir: Path, warn: Callable[[str], None], before: float = math.inf) -> Path | None:
+    """:func:`checkpoints.newest` of a step below `before`, by all ranks together: each reads a share of the files.
 
     `warn` is called on rank 0. Raises InputError on every rank if there are checkpoints, but none is good.
     """
@@ -95,7 +96,7 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
         if found:
             raise InputError(found)
 
-    listed = groups.decided_by_rank_0(lambda: [path for _, path in checkpoints.steps(run_dir)])
+    listed = groups.decided_by_rank_0(lambda: [path for step, path in checkpoints.steps(run_dir) if step < before])
     return checkpoints.newest(run_dir, warn if groups.rank() == 0 else lambda _: None, check, listed)
 
 

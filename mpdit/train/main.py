@@ -1,7 +1,11 @@
 """``mpdit train CONFIG [section.key=value ...]``, alone or under torchrun."""
 
+import faulthandler
 import os
 import sys
+import traceback
+
+from mpdit.errors import CheckFailed, InputError
 
 USAGE = """usage: mpdit train CONFIG [section.key=value ...]
        torchrun --nproc-per-node N -m mpdit train CONFIG [section.key=value ...]
@@ -14,7 +18,8 @@ keys and their defaults:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 when the run is done. Raises InputError for bad input, before any rank starts."""
+    """Exit code 0 when the run is done. Raises InputError for bad input, before any rank starts; signals.Stop, which
+    leaves with 128 + signal, when it was asked to stop and has saved."""
     from mpdit import config as configs
 
     if not argv or argv[0] in ("-h", "--help"):
@@ -23,17 +28,31 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     config = configs.load(argv[0], argv[1:])
     use_cores()
+    faulthandler.enable(2)  # a rank that crashes in native code says where
 
     from mpdit.parallel import accel
 
     accel.enter()
     from mpdit.parallel import groups
-    from mpdit.train import loop, preflight, summary
+    from mpdit.train import loop, preflight, signals, summary, watchdog
 
     asked = config
     config = preflight.check(asked, groups.world_size())
-    groups.start(config.parallel, config.train.seed)
-    loop.train(config, asked)
+    groups.start(config.parallel, config.train.seed, watchdog.collective_timeout_s(config.guard))
+    try:
+        loop.train(config, asked)
+    except signals.Stop as stop:
+        if groups.rank() == 0:
+            print(f"mpdit: {stop.said}", flush=True)
+        groups.barrier()  # one that left before the others are done would have its launcher end them
+        groups.stop()
+        raise
+    except (InputError, CheckFailed) as error:
+        watchdog.tell_launcher(str(error))
+        raise
+    except Exception:
+        watchdog.tell_launcher(traceback.format_exc())
+        raise
     if groups.rank() == 0:
         print(summary.of_run(config), flush=True)
     groups.stop()  # not after an error: the other ranks may be anywhere, and leaving the groups would wait for them

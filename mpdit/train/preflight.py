@@ -29,6 +29,11 @@ def check(config: Config, world: int) -> Config:
     and indices, builds nothing.
     """
     _run_dir(Path(config.run.dir))
+    return without_run_dir(config, world)
+
+
+def without_run_dir(config: Config, world: int) -> Config:
+    """:func:`check` for who writes into no run folder. Raises InputError."""
     config = without_data(config, world)
     train = Mixture.open(config.data, "train")
     Mixture.open(config.data, "val")
@@ -71,6 +76,7 @@ _BOUNDS = {
             *("mup.base_batch_size", "mup.base_images"),
             *("parallel.tp", "parallel.pp", "parallel.vpp", "parallel.cp"),
             *("train.steps", "train.batch_size", "train.log_every", "train.val_images", "sample.steps"),
+            *("guard.window", "guard.max_skipped", "guard.hang_timeout_s"),
         ),
         (1, math.inf),
     ),
@@ -79,7 +85,7 @@ _BOUNDS = {
             *("parallel.micro_batch", "data.workers", "train.save_every", "train.val_every", "train.sample_every"),
             *("train.keep_last", "train.keep_every"),
             *("model.vocab_size", "model.text_dim", "optim.warmup_steps", "optim.decay_steps"),
-            *("objective.repa_weight", "objective.repa_block"),
+            *("objective.repa_weight", "objective.repa_block", "guard.spike_factor", "guard.max_rollbacks"),
             *("optim.lr", "optim.weight_decay", "optim.clip", "mup.output_mult", "objective.logit_std"),
             *(f"mup.lr_mult.{group}" for group in Group),
         ),
@@ -109,6 +115,11 @@ def _ranges(config: Config) -> None:
             wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise InputError(f"{key} is {value}, but should be {wanted}.")
     optim, train = config.optim, config.train
+    if 0 < config.guard.spike_factor <= 1:
+        raise InputError(
+            f"guard.spike_factor is {config.guard.spike_factor}, which good steps exceed too; it should be above 1, "
+            "such as 4, or 0 for off."
+        )
     if optim.warmup_steps >= train.steps:
         raise InputError(f"optim.warmup_steps {optim.warmup_steps} should be less than train.steps {train.steps}.")
     if optim.schedule == "wsd" and not 0 < optim.decay_steps <= train.steps - optim.warmup_steps:

@@ -55,6 +55,10 @@ class Network:
             self.ctx, self.chunks, micro_batches, self.loss, crossing, forward_only=forward_only
         )
 
+    def each_loss(self, micro_batches: list[Batch]) -> torch.Tensor:
+        """The loss of each micro-batch, without gradients: [data ranks, micro-batches], on every rank; collective."""
+        return schedule.each_loss(self.ctx, self.chunks, micro_batches, self.loss, self.crossing(micro_batches))
+
     def validate(self, of_shapes: list[list[Batch]]) -> float:
         """The mean loss of batches.validation_batches, without gradients, on every rank."""
         with torch.no_grad():
@@ -79,11 +83,20 @@ class Session:
         """REPA's mean loss of the last :meth:`forward_backward`, without its weight, on every rank; collective."""
         return schedule.auxiliary_loss(self.network.ctx, self.network.chunks)
 
-    def update(self) -> float:
-        """Clip, step the optimizer and the schedule; the global gradient norm before clipping."""
-        _, norm, _ = self.optimizer.step()
+    def gradient_norm(self) -> Any:
+        """The global gradient norm before clipping, which ``float`` takes; collective."""
+        return optimizer.gradient_norm(self.optimizer)
+
+    def update(self, norm: Any = None) -> float:
+        """Clip by `norm`, the :meth:`gradient_norm` (taken now if not given), step the optimizer and the schedule."""
+        norm = self.gradient_norm() if norm is None else norm
+        optimizer.update(self.optimizer, norm)
         self.scheduler.step(1)
-        return float(norm) if norm is not None else 0.0
+        return float(norm)
+
+    def skip(self) -> None:
+        """Go on without an update: the schedule follows the step's number, Adam's count does not."""
+        self.scheduler.step(1)
 
     def settled(self) -> Any:
         return optimizer.settled(self.network.ctx, self.network.chunks)

@@ -13,16 +13,21 @@ _LAST_STEPS = 20  # the last loss is a mean: single steps are noisy
 def of_run(config: Config) -> str:
     """The closing lines: losses, speed, and where pictures, tracking and run folder lie."""
     folder = Path(config.run.dir)
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("loss") is not None]
+    every = read_metrics(folder / "metrics.jsonl")
+    rows = [row for row in every if "skipped" not in row]
+    if not rows:
+        return f"every step was skipped, see {folder / 'bad_steps'}"
     last = statistics.mean(row["loss"] for row in rows[-_LAST_STEPS:])
     validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
     images_per_s = config.train.batch_size * len(rows) / sum(row["step_s"] for row in rows)
     pictures = sorted((folder / "samples").glob("step_*.png"))
     store = redact_uri(config.run.mlflow_uri) if config.run.mlflow_uri else folder.parent / "mlflow.db"
+    skipped = {"skipped": f"{len(every) - len(rows)} steps, see {folder / 'bad_steps'}"} if rows != every else {}
     lines = {
         "loss": f"{rows[0]['loss']:.4f} -> {last:.4f} (mean of the last {min(_LAST_STEPS, len(rows))} steps)",
         "validation": f"{validated[-1]:.4f} on unseen concepts" if validated else "none",
         "speed": f"{images_per_s:.1f} images/s",
+        **skipped,
         "pictures": str(pictures[-1] if pictures else "none"),
         "MLflow store": str(store),
         "run folder": str(folder),

@@ -28,11 +28,12 @@ def one_step(rank: int, world: int, config: Config) -> dict[str, Any]:
     """The table's rows, each parameter's weights at first, and what the optimizer's groups hold after a step."""
     from mpdit.mup.table import rows
     from mpdit.parallel import groups, optimizer
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    run, sets = session.build(config), loop.Sets.open(config)
+    run, sets = session.build(config), Sets.open(config)
     named = {name: p for chunk in run.network.chunks for name, p in chunk.module.named_parameters()}
     initial = {name: p.detach().double() for name, p in named.items()}
     weights = {

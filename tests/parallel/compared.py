@@ -38,11 +38,12 @@ def project_name(arch: str, reference_name: str) -> str:
 def train_layout(rank: int, world: int, config: Config) -> dict[str, Any]:
     """One rank of a run, as :func:`trained` gives it."""
     from mpdit.parallel import groups
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    run, sets = session.build(config), loop.Sets.open(config)
+    run, sets = session.build(config), Sets.open(config)
     feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
     found = trained(config, run, lambda step: feed.next())
     feed.close()
@@ -76,11 +77,12 @@ def train_reference(rank: int, world: int, config: Config, case: Case) -> dict[s
     from mpdit.data.decode import decode
     from mpdit.objective import draws, flow
     from mpdit.parallel import groups
-    from mpdit.train import loop, preflight
+    from mpdit.train import preflight
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    sets, plain, m, seed = loop.Sets.open(config), case.plain, config.model, config.train.seed
+    sets, plain, m, seed = Sets.open(config), case.plain, config.model, config.train.seed
     diffusing, timesteps = config.objective.kind == "ddpm", set()
 
     def batches() -> Any:

@@ -55,11 +55,12 @@ def repa_config(data: Path, block: int, parallel: dict[str, Any], **sections: An
 def train_repa(rank: int, world: int, config: Config) -> dict[str, Any]:
     """One rank of a run: losses, REPA's losses, gradient norms, and the names of the projector that it holds."""
     from mpdit.parallel import groups
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    run, sets = session.build(config), loop.Sets.open(config)
+    run, sets = session.build(config), Sets.open(config)
     feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
     found: dict[str, Any] = {"losses": [], "repa": [], "norms": []}
     for _ in range(STEPS):
@@ -152,11 +153,12 @@ def test_mixed_shapes(mixed_set: Path, narrow: None) -> None:
 def gradients(rank: int, world: int, config: Config) -> float:
     """The largest difference of a gradient from that of mean(loss + weight * REPA's loss), in units of its largest."""
     from mpdit.parallel import groups
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    run, sets = session.build(config), loop.Sets.open(config)
+    run, sets = session.build(config), Sets.open(config)
     feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
     run.forward_backward(feed.next())  # nothing of the step before is counted
     micro_batches = feed.next()

@@ -26,11 +26,12 @@ def draw(rank: int, world: int, config: Config, tries: dict[str, tuple[list[str]
     import dataclasses
 
     from mpdit.parallel import groups
-    from mpdit.train import loop, preflight, session
+    from mpdit.train import preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    network, tokenizer = session.build_network(config), loop.Sets.open(config).tokenizer
+    network, tokenizer = session.build_network(config), Sets.open(config).tokenizer
     let_text_in(network, config)
     pictures = {}
     for name, (prompts, changed) in tries.items():

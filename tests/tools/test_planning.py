@@ -111,11 +111,12 @@ def test_parameters_are_those_of_the_presets(of_presets: dict[str, tuple[int, in
 def executed(rank: int, world: int, config: Config) -> tuple[int, list[tuple[str, int, int]]]:
     """(pipeline rank, what it really does in a step): forward and backward passes as they begin."""
     from mpdit.parallel import groups
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    sets, run = loop.Sets.open(config), session.build(config)
+    sets, run = Sets.open(config), session.build(config)
     feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
     done: list[tuple[str, int, int]] = []
     stage_rank = groups.parallel_state.get_pipeline_model_parallel_rank()
@@ -238,11 +239,12 @@ class Held:
 def saved_in_steps(rank: int, world: int, config: Config) -> tuple[int, list[int]]:
     """(pipeline rank, most bytes of saved tensors at once in a real step, without and with recompute)."""
     from mpdit.parallel import groups
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    sets, seen = loop.Sets.open(config), []
+    sets, seen = Sets.open(config), []
     for recompute in RECOMPUTES:
         config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, recompute=recompute))
         run = session.build(config)

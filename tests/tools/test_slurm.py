@@ -186,14 +186,22 @@ def test_two_nodes_train_to_the_losses_of_one_process(folder: Path, cluster: Clu
     assert together[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], rel=1e-5)
 
 
-def test_a_signal_puts_the_job_back_and_it_goes_on(folder: Path, cluster: Cluster) -> None:
+def test_a_signal_puts_the_job_back_and_no_step_is_lost(folder: Path, cluster: Cluster) -> None:
     """USR1 is what Slurm sends before the time is up."""
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("save_every: 2", "save_every: 0"))
     job = cluster.submit(folder)
-    wait(lambda: saved(folder, 2), 240)
+    metrics = folder / "run" / "metrics.jsonl"
+    wait(lambda: metrics.exists() and metrics.read_text().count("\n") > 2, 240)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait(lambda: "PENDING" in cluster.state(job), 120)
+    done = metrics.read_text().count("\n")
+    assert done < STEPS
     cluster.go_on(job)
-    assert "goes back into the queue" in (folder / "log").read_text()
-    assert "going on from" in (folder / "log").read_text()
+    log = (folder / "log").read_text()
+    assert f"asked to stop by SIGUSR1: saved at step {done}\n" in log
+    assert "the time is nearly up, job" in log
+    assert f"step_{done} at step {done}\n" in log.split("going on from")[1]
     launches.trained(folder, STEPS)
 
 

@@ -26,11 +26,12 @@ def config_of(data: Path, parallel: dict[str, Any], val_images: int = 13) -> Con
 def train(rank: int, world: int, config: Config, start: int) -> dict[str, Any]:
     """(height, width) that the batches of each step say and that their images have, and the losses."""
     from mpdit.parallel import groups
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    run, sets = session.build(config), loop.Sets.open(config)
+    run, sets = session.build(config), Sets.open(config)
     feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, start)
     found: dict[str, Any] = {"said": [], "seen": [], "losses": []}
     for _ in range(start, STEPS):
@@ -81,11 +82,12 @@ def test_a_later_start_has_the_shapes_of_its_steps(mixed_set: Path, one_process:
 def validate(rank: int, world: int, config: Config) -> tuple[float, list[tuple[int, int]]]:
     """The loss, and height and width of each list of micro-batches."""
     from mpdit.parallel import groups
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    network, sets = session.build_network(config), loop.Sets.open(config)
+    network, sets = session.build_network(config), Sets.open(config)
     lists = batches.validation_batches(config, sets.val, sets.tokenizer)
     loss = network.validate(lists)
     groups.stop()
@@ -99,11 +101,12 @@ def by_hand(rank: int, world: int, config: Config) -> tuple[list[float], list[tu
     from mpdit.data.decode import decode
     from mpdit.objective import draws
     from mpdit.parallel import groups
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    network, sets = session.build_network(config), loop.Sets.open(config)
+    network, sets = session.build_network(config), Sets.open(config)
     (stage,), losses, sizes = network.chunks, [], []
     for sample in batches.validation_samples(sets.val, config.train.val_images):
         encoded, caption = sets.val.read(int(sample))

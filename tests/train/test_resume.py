@@ -220,7 +220,10 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoints(tiny_set: Path, tmp_path
 
     kept = checkpoints.newest(tmp_path, print)
     assert kept is not None
-    assert all(abs(row["loss"]) < float("inf") for row in metrics(tmp_path))
+    *good, first, second, third = metrics(tmp_path)
+    assert all(abs(row["loss"]) < float("inf") for row in good)
+    assert all(row["skipped"].startswith("the ") for row in (first, second, third))
+    assert kept.name == f"step_{len(good)}"
 
 
 @pytest.mark.dist

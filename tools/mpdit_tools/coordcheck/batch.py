@@ -7,8 +7,9 @@ from torch import Tensor
 from mpdit.config import Config
 from mpdit.data.decode import decode
 from mpdit.parallel import accel, groups
-from mpdit.train import batches, loop
+from mpdit.train import batches
 from mpdit.train.batches import Batch
+from mpdit.train.sets import Sets
 
 
 def fixed_batch(config: Config, *, from_data: bool) -> list[Batch]:
@@ -47,7 +48,7 @@ def _made_up(config: Config) -> tuple[Tensor, Tensor]:
 
 def _first_of_data(config: Config) -> tuple[Tensor, Tensor]:
     """The first batch of the plan of ``data.path``."""
-    sets, model = loop.Sets.open(config), config.model
+    sets, model = Sets.open(config), config.model
     ids = sets.plan.batch(0).sample_ids
     encoded, captions = zip(*(sets.train.read(int(i)) for i in ids), strict=True)
     images_BCHW = decode(encoded, model.image_size, model.image_size, channels=model.channels)

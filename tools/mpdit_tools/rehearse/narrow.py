@@ -107,23 +107,23 @@ def _rank(rank: int, world: int, config: Config, meeting: str, save: bool) -> No
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=world)
     from mpdit.parallel import groups
-    from mpdit.train import batches, checkpoint, loop, preflight, saver, session
-    from mpdit.train.checkpoint import Position
+    from mpdit.train import batches, checkpoint, preflight, saver, session
+    from mpdit.train.sets import Sets, find_start
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    sets, run = loop.Sets.open(config), session.build(config)
-    path, start = loop.find_start(config, sets, print)
+    sets, run = Sets.open(config), session.build(config)
+    path, start = find_start(config, sets, print)
     if path is not None:
-        checkpoint.load(run, path, start)
-    feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, start)
+        checkpoint.load(run, path, start.step, start.skipped)
+    feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, start.step)
     losses: dict[int, Any] = {}
-    for step in range(start, config.train.steps):
+    for step in range(start.step, config.train.steps):
         losses[step] = run.forward_backward(feed.next())
         run.update()
         run.ema.update()
         if save and step + 1 == _SAVED:
-            at = Position(step=step + 1, plan_hash=sets.plan.hash, tokenizer_sha256=sets.tokenizer.sha256)
+            at = dataclasses.replace(sets.start(), step=step + 1)
             saver.save(run, config, at, Path(config.run.dir))
     feed.close()
     if rank == 0:

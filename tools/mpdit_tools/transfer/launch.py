@@ -17,6 +17,7 @@ _RESTARTS = 3
 _REQUEUES = 10
 _PORT = 29400  # torchrun's own
 _WARNING_S = 300  # before a job's end
+_SAVING_S = 240  # that ranks have to save when a signal has come
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +97,7 @@ def _fill(template: str, given: Machines, what: str, **more: str) -> str:
         restarts=str(_RESTARTS),
         port=str(_PORT),
         warning=str(_WARNING_S),
+        saving=str(_SAVING_S),
         requeues=str(_REQUEUES),
         **more,
     )
@@ -104,6 +106,9 @@ def _fill(template: str, given: Machines, what: str, **more: str) -> str:
 _COMMAND = """\
 # Ranks of a second try would meet by what the first one left in a store they share (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# torchrun passes these on to the ranks, which save and leave; it ends those that are not done after so many seconds.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export PET_SHUTDOWN_TIMEOUT=%saving
 command=(
     torchrun
     --nnodes="$nodes"
@@ -126,7 +131,7 @@ _TORCHRUN = (
 # A laptop:       NNODES=1 NPROC_PER_NODE=4 bash launch.sh                    (ranks that the layout divides)
 #
 # Start it in the folder that data.path and run.dir are relative to. Started again, it goes on from the newest
-# checkpoint.
+# checkpoint. SIGTERM or SIGUSR1 makes it save one and end.
 set -euo pipefail
 
 folder=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -152,8 +157,8 @@ _SLURM = (
 #
 # sbatch --time=24:00:00 --partition=... --account=... launch.sbatch [section.key=value ...]
 #
-# Submit it in the folder that data.path and run.dir are relative to. A job that nears its end, or that fails (a node
-# breaks down; %requeues times at most), is put into the queue again and goes on from the newest checkpoint.
+# Submit it in the folder that data.path and run.dir are relative to. A job that nears its end saves; that one, or one
+# that fails (a node breaks down; %requeues times at most), is put into the queue again and goes on.
 #SBATCH --job-name=%name
 #SBATCH --nodes=%nodes
 #SBATCH --ntasks-per-node=1
@@ -174,19 +179,30 @@ endpoint=${RDZV_ENDPOINT:-$host:$((20000 + SLURM_JOB_ID %% 10000))}
 id=$SLURM_JOB_ID
 
 again() {
-    trap '' USR1
     echo "launch.sbatch: $1, job $SLURM_JOB_ID goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
     exit
 }
-trap 'again "the time is nearly up"' USR1
+notice=
+srun=
+save() { # the ranks save and leave, and so does srun
+    trap '' USR1
+    notice=1
+    [ -z "$srun" ] || kill -USR1 "$srun"
+}
+trap save USR1
 
 """
     + _COMMAND
     + """\
-srun --kill-on-bad-exit=1 --cpu-bind=none "${command[@]}" &
+srun --kill-on-bad-exit=1 --cpu-bind=none "${command[@]}" & # in the background, so that the signal is heard at once
+srun=$!
 code=0
-wait $! || code=$? # in the background, so that the signal is heard at once
+wait "$srun" || code=$?
+if [ -n "$notice" ]; then
+    wait "$srun" || true # the first one ended with the signal
+    again "the time is nearly up"
+fi
 if [ "$code" -ne 0 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt %requeues ]; then
     again "srun ended with $code"
 fi
@@ -220,6 +236,7 @@ spec:
       restartPolicy: OnFailure
       template:
         spec:
+          terminationGracePeriodSeconds: %warning # between SIGTERM, at which the ranks save, and SIGKILL
           containers:
             - name: pytorch # the operator looks for this name, and gives torchrun its nodes in PET_* variables
               image: %image
@@ -227,6 +244,7 @@ spec:
               command: [torchrun, -m, mpdit, train, %config, %run_dir]
               env: # ranks of a second try would meet by what the first one left in a store they share
                 - {name: TORCH_DISABLE_SHARE_RDZV_TCP_STORE, value: "1"}
+                - {name: PET_SHUTDOWN_TIMEOUT, value: "%saving"} # seconds that torchrun gives them to save
               resources:
                 limits:
                   nvidia.com/gpu: "%per_node"

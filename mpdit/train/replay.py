@@ -1,0 +1,159 @@
+"""``mpdit replay RUN/bad_steps/step_N.json``: a step that a run has skipped, run again without touching the run."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpdit import config as configs
+from mpdit.config import Config
+from mpdit.errors import InputError
+from mpdit.parallel import groups
+from mpdit.train import batches, checkpoint, checkpoints, guards, session, watchdog
+from mpdit.train.checkpoint import Position
+from mpdit.train.guards import BadStep
+from mpdit.train.metrics import read_metrics
+from mpdit.train.sets import Sets, same_run
+
+USAGE = """usage: mpdit replay RUN/bad_steps/step_N.json [section.key=value ...]
+       torchrun --nproc-per-node N -m mpdit replay RUN/bad_steps/step_N.json [section.key=value ...]
+
+Loads the newest good checkpoint from before the step, trains through the steps in between as the run did, then runs the
+skipped step and each of its samples alone. Names the samples whose loss is not finite, or else the largest ones. Writes
+nothing. One process needs no layout; under torchrun it is that of the run's config.yaml.
+
+Exit code 0 when the step is bad for the recorded reason again, 1 when it is not."""
+
+_LARGEST = 3  # samples named when all losses are finite
+
+
+def main(argv: list[str]) -> int:
+    """Raises InputError for a file that is no record of a step, and for a run that can't be gone through again."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    from mpdit.parallel import accel
+
+    accel.enter()
+    from mpdit.train import preflight
+    from mpdit.train.main import use_cores
+
+    use_cores()
+    path = Path(argv[0])
+    bad, world = guards.read(path), groups.world_size()
+    config = preflight.without_run_dir(config_of(path, bad, argv[1:], world), world)
+    groups.start(config.parallel, config.train.seed, watchdog.collective_timeout_s(config.guard))
+    code = replay(config, path, bad)
+    groups.stop()
+    return code
+
+
+def config_of(path: Path, bad: BadStep, overrides: list[str], world: int) -> Config:
+    """The run's config, wherever its folder is now; in one process without its layout. Raises InputError."""
+    tree = configs.read(path.parent / bad.config)
+    if world == 1:
+        kept = {key: tree.get("parallel", {}).get(key) for key in ("precision", "recompute", "backend")}
+        tree["parallel"] = {key: value for key, value in kept.items() if value} | {"micro_batch": bad.micro_batch}
+    for assignment in overrides:
+        configs.override(tree, assignment)
+    config = configs.from_dict(tree, str(path.parent / bad.config))
+    run_dir = str((path.parent / bad.config).parent)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
+
+
+def replay(config: Config, path: Path, bad: BadStep) -> int:
+    """Exit code; the first rank prints. Collective; groups are up, `config` is checked. Raises InputError."""
+    sets = Sets.open(config)
+    if (bad.plan_hash, bad.seed) != (sets.plan.hash, config.train.seed):
+        raise InputError(f"{path}: is of other data, train.batch_size or train.seed than the config's; set them back.")
+    rows = groups.decided_by_rank_0(lambda: rows_before(config, bad.step))
+    start, at = groups.decided_by_rank_0(lambda: find_start(config, sets, rows, bad.step, _say))
+    run = session.build(config)
+    if start is not None:
+        checkpoint.load(run, start, at.step, at.skipped)
+    _say(f"{start or 'the initial weights'} at step {at.step}, {bad.step - at.step} steps before step {bad.step}")
+    feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, at.step)
+    worst = 0.0
+    for step in range(at.step, bad.step):
+        loss = run.forward_backward(feed.next())
+        norm = run.gradient_norm()
+        if "skipped" in rows[step]:
+            run.skip()
+            continue
+        worst = max(worst, abs(loss - rows[step]["loss"]) / abs(rows[step]["loss"]))
+        run.update(norm)
+    if bad.step > at.step:
+        _say(f"the losses of these steps are the run's to {worst:.1e}")
+    loss, norm = run.forward_backward(feed.next()), float(run.gradient_norm())
+    feed.close()
+    verdict = bad.limits.verdict(loss, norm)
+    _say(f"step {bad.step}: loss {loss:.6g}, gradient norm {norm:.6g}; recorded: {bad.reason}")
+    _name_samples(bad, sets, _losses_alone(config, sets, run, bad.step))
+    if verdict is bad.verdict:
+        _say("reproduced")
+        return 0
+    _say(f"not reproduced: {bad.limits.reason(verdict, loss, norm) if verdict else 'the step is good'}")
+    return 1
+
+
+def rows_before(config: Config, step: int) -> dict[int, dict[str, Any]]:
+    """The run's lines of the steps before, by step. Raises InputError if there are none."""
+    path = Path(config.run.dir) / "metrics.jsonl"
+    try:
+        return {row["step"]: row for row in read_metrics(path) if row["step"] < step}
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error}); it says which steps the run has skipped.") from error
+
+
+def find_start(
+    config: Config, sets: Sets, rows: Mapping[int, dict[str, Any]], step: int, warn: Any
+) -> tuple[Path | None, Position]:
+    """(checkpoint, position to load it at) that leads to `step` as the run went. Raises InputError where none does."""
+    folder = Path(config.run.dir)
+    rolled_back = max((at for at, row in rows.items() if "rolled_back_to" in row), default=None)
+    path = checkpoints.newest(folder, warn, candidates=[path for at, path in checkpoints.steps(folder) if at <= step])
+    at = sets.start()
+    if path is not None:
+        at = same_run(path, config, sets)
+    if rolled_back is not None and at.step <= rolled_back:  # the run went on with older weights from there
+        path = checkpoints.folder_of(folder) / f"step_{rows[rolled_back]['rolled_back_to']}"
+        checkpoints.verify(path)
+        at = same_run(path, config, sets)
+        done = rolled_back + 1
+        at = dataclasses.replace(at, step=done, skipped=done - (at.step - at.skipped))
+    missing = [number for number in range(at.step, step) if number not in rows]
+    if missing:
+        raise InputError(f"{folder / 'metrics.jsonl'}: lacks step {missing[0]} on the way to step {step}; put it back.")
+    return path, at
+
+
+def _losses_alone(config: Config, sets: Sets, run: session.Session, step: int) -> list[float]:
+    """Each sample's own loss, in the order of the global batch; collective."""
+    alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, micro_batch=1))
+    feed = batches.TrainFeed(alone, sets.train, sets.plan, sets.tokenizer, step)
+    with run.settled():
+        losses = run.network.each_loss(feed.next())
+    feed.close()
+    return [float(loss) for loss in losses.flatten()]
+
+
+def _name_samples(bad: BadStep, sets: Sets, losses: list[float]) -> None:
+    samples = list(zip(losses, bad.sample_ids, bad.visits, strict=True))
+    broken = [sample for sample in samples if not math.isfinite(sample[0])]
+    largest = sorted(samples, reverse=True)[:_LARGEST]
+    _say(f"samples whose own loss is not finite: {len(broken)} of {len(samples)}")
+    for loss, sample, visit in broken or largest:
+        caption = json.dumps(sets.train.caption(sample), ensure_ascii=False)
+        _say(f"  loss {loss:.6g}: sample {sample}, visit {visit}, {sets.train.where(sample)}, caption {caption}")
+
+
+def _say(text: str) -> None:
+    if groups.rank() == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
