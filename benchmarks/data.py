@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "data"))
 from make_shards import make_shards  # the repository's tests folder is no package of mpdit
 
-from mpdit.data.decode import Loader
-from mpdit.data.plan import Plan
+from mpdit.data.loader import Loader
+from mpdit.data.plan import Plan, rows
 from mpdit.data.shards import Shards
 
 Batches = Generator[torch.Tensor, None, None]
@@ -77,9 +77,13 @@ def data_set(folder: Path, images: Path | None, count: int, side: int) -> Shards
 # ---- the contenders --------------------------------------------------------------------------------------------------
 
 
+def plan_of(shards: Shards, size: int, batch: int) -> Plan:
+    one_row = rows(np.zeros(len(shards), np.int64), [len(shards)])
+    return Plan(shapes=[(size, size)], rows=one_row, batch_size=batch, seed=0, fingerprint=shards.fingerprint)
+
+
 def dali(shards: Shards, size: int, batch: int, cores: int) -> Batches:
-    plan = Plan(samples=len(shards), batch_size=batch, seed=0, fingerprint=shards.fingerprint)
-    with Loader(shards, plan, micro_batch=batch, image_size=size, workers=cores) as loader:
+    with Loader(shards, plan_of(shards, size, batch), micro_batch=batch, workers=cores) as loader:
         for micro_batch in loader:
             yield micro_batch.images
 
@@ -103,7 +107,7 @@ class _Pictures(Dataset[torch.Tensor]):
 
 
 def pil(shards: Shards, size: int, batch: int, cores: int) -> Batches:
-    plan = Plan(samples=len(shards), batch_size=batch, seed=0, fingerprint=shards.fingerprint)
+    plan = plan_of(shards, size, batch)
     order = [int(i) for step in range(-(-20 * len(shards) // batch)) for i in plan.batch(step).sample_ids]
     yield from DataLoader(_Pictures(shards, size, order), batch_size=batch, num_workers=cores)
 

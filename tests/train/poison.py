@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from mpdit.config import Config
+from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
-from mpdit.data.shards import Shards
 
 
 def plan_of(config: Config) -> Plan:
-    shards, train = Shards.open(config.data.path, "train"), config.train
-    return Plan(samples=len(shards), batch_size=train.batch_size, seed=train.seed, fingerprint=shards.fingerprint)
+    return Mixture.open(config.data, "train").plan(config)
 
 
 def poison(factors: Mapping[tuple[int, int], float]) -> None:
