@@ -185,12 +185,8 @@ again() {
 }
 notice=
 srun=
-save() { # the ranks save and leave, and so does srun
-    trap '' USR1
-    notice=1
-    [ -z "$srun" ] || kill -USR1 "$srun"
-}
-trap save USR1
+# At the notice, the first one, the ranks save and leave, and then srun does.
+trap 'trap "" USR1; notice=1; [ -z "$srun" ] || kill -USR1 "$srun"' USR1
 
 """
     + _COMMAND
