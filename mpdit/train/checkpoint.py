@@ -24,6 +24,9 @@ from mpdit.train import checkpoints
 from mpdit.train.session import Network, Session
 
 
+KINDS = ("param", "exp_avg", "exp_avg_sq", "ema")  # of a parameter, in the order in which they are written
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
     """Where a run stands: steps done, the plan that turns the step into samples, the tokenizer's hash; `skipped`: how
@@ -127,8 +130,7 @@ def same_tokenizer(path: Path, at: Position, tokenizer: Tokenizer) -> None:
 def load(session: Session, path: Path, step: int, skipped: int = 0) -> None:
     """Put a verified checkpoint into a session of any layout; collective. Adam has then taken `step` - `skipped` steps,
     the schedule stands at `step`."""
-    kinds = ("param", "exp_avg", "exp_avg_sq", "ema")
-    loaded = _read(session.network, path, kinds)
+    loaded = _read(session.network, path, KINDS)
     with session.settled():
         optimizer.restore(session.network.chunks, session.optimizer, loaded, step - skipped)
     for name, value in session.ema.values.items():
