@@ -217,7 +217,7 @@ def words_of(svg: bytes) -> Words:
     rdf = found.group() if found else ""
     subject = _inside(rdf, "dc:subject")
     return Words(
-        title=_plain(_inside(rdf, "dc:title")).replace("_", " ").strip(),
+        title=_plain(_inside(rdf, "dc:title").replace("_", " ")),
         description=_plain(_inside(rdf, "dc:description")),
         keywords=tuple(filter(None, map(_plain, re.findall(r"<rdf:li>(.*?)</rdf:li>", subject, re.DOTALL)))),
         creator=_plain(_inside(_inside(rdf, "dc:creator"), "dc:title")),

@@ -149,7 +149,7 @@ class Clipart(Common):
     """keep leaves every picture its own ratio of width to height (cut to 4:1 at most) and makes it smaller, never
     larger, to about as many pixels as a square of --size; square cuts about the centre."""
     min_side: int | None = None
-    """Pictures with a shorter side than this many pixels are dropped. Default: a quarter of --size; square: half."""
+    """Pictures with a shorter side than this many pixels are dropped. Default: a quarter of --size; half, if square."""
     limit: int | None = None
     """Take the first so many after the shuffle."""
     debs: Path | None = None
