@@ -21,13 +21,14 @@ from mpdit.mup.table import rows
 from mpdit.parallel import groups
 from mpdit.redact import redact_uri
 from mpdit.sample import grid
-from mpdit.train import batches, checkpoint, session
+from mpdit.train import batches, checkpoint, session, snapshots
 from mpdit.train.checkpoint import Position
 from mpdit.train.console import Reporter
 from mpdit.train.environment import environment
 from mpdit.train.metrics import Metrics
 from mpdit.train.saver import Saver
 from mpdit.train.session import Session
+from mpdit.train.snapshots import Snapshots
 from mpdit.train.tracking import Tracker
 
 _LETTING_GO_S = 5.0  # a job that was just killed may take a moment to let go of its run folder
@@ -67,6 +68,7 @@ def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]
 def _start_at(path: Path, config: Config, sets: Sets) -> int:
     at = checkpoint.position(path, config)
     checkpoint.same_tokenizer(path, at, sets.tokenizer)
+    checkpoint.same_averages(path, config)
     if at.plan_hash != sets.plan.hash:
         raise InputError(
             f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, "
@@ -189,6 +191,7 @@ class _Run:
         self._val: list[batches.Batch] | None = None
         self._ema_due = False
         self.saver = Saver(Path(config.run.dir), recorder.report.say)
+        self.snapshots = Snapshots(Path(config.run.dir), recorder.report.say)
 
     def from_step(self, start: int) -> None:
         train = self.config.train
@@ -198,6 +201,7 @@ class _Run:
             for step in range(start, train.steps):
                 row, done = self._step(step, feed), step + 1
                 self.saver.poll()
+                self.snapshots.poll()
                 row |= self.saver.news()
                 with self._looking(done) as looking:
                     if looking and self._due(done, train.val_every):
@@ -206,18 +210,25 @@ class _Run:
                         self._draw(done)
                 self._record(row)
                 if self._due(done, train.save_every):
-                    self._save(done)
+                    self._save(done, self.saver)
+                if self._due_snapshot(done):
+                    self._save(done, self.snapshots)
+            self.snapshots.finish()
             self.saver.finish()
         except CheckFailed:  # the same on every rank
             self.saver.wait()
             raise
         finally:
+            self.snapshots.close()
             self.saver.close()
             feed.close()
 
     def _due(self, done: int, every: int) -> bool:
         """Every so many steps, and at the end."""
         return done == self.config.train.steps or (every > 0 and done % every == 0)
+
+    def _due_snapshot(self, done: int) -> bool:
+        return bool(self.config.train.posthoc_ema) and self._due(done, snapshots.every(self.config))
 
     def _step(self, step: int, feed: batches.TrainFeed) -> dict[str, Any]:
         """One optimizer step; its line for metrics.jsonl."""
@@ -267,7 +278,7 @@ class _Run:
         """Before a look or a save: parameters settled, average up to date. True if validation or pictures are due."""
         train = self.config.train
         look = self._due(done, train.val_every) or self._due(done, train.sample_every)
-        if not (look or self._due(done, train.save_every)):
+        if not (look or self._due(done, train.save_every) or self._due_snapshot(done)):
             yield False
             return
         with self.run.settled():
@@ -301,14 +312,14 @@ class _Run:
         if "val_loss" in row:
             self.recorder.report.say(f"step {done}  validation loss on unseen concepts {row['val_loss']:.4f}")
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, saver: Saver) -> None:
         if self.recorder.metrics:
             self.recorder.metrics.sync()
-        if self.saver.busy:
-            self.recorder.report.say("the checkpoint before is still being written; the next one waits for it")
-            self.saver.wait()
+        if saver.busy:
+            self.recorder.report.say(f"the {saver.what} before is still being written; the next one waits for it")
+            saver.wait()
         sets = self.sets
         at = Position(step=done, plan_hash=sets.plan.hash, tokenizer_sha256=sets.tokenizer.sha256)
-        self.saver.begin(self.run, self.config, at)
+        saver.begin(self.run, self.config, at)
         if not self.config.train.async_save:
-            self.saver.wait()
+            saver.wait()
