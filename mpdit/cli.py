@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": ("mpdit_tools.sample:main", "pictures for prompts out of a run's checkpoint"),
     "checkpoint": ("mpdit_tools.checkpoint.main:main", "list, verify or reshard the checkpoints of a run"),
     "track":  ("mpdit_tools.track:main", "sync: bring a run's MLflow up to its metrics.jsonl"),
+    "ema":    ("mpdit_tools.ema:main", "the average of a run's weights of any width, after the training"),
     "mup-table": ("mpdit_tools.mup_table:main", "what muP gives each parameter of a model, and gave its proxy"),
 }  # fmt: skip
 

@@ -151,6 +151,8 @@ class Train:
     val_images: int = 256
     sample_every: int = 0  # steps between sample grids; 0: at the end only
     ema_decay: float = 0.999
+    posthoc_ema: tuple[float, ...] = ()  # sigma_rel of averages for `mpdit ema`, as [0.05, 0.1]; 4 bytes a weight each
+    posthoc_every: int = 0  # steps between their snapshots in RUN/ema, all kept; 0: with every checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -105,6 +105,23 @@ def data_size() -> int:
     return int(parallel_state.get_data_parallel_world_size())
 
 
+def replica_rank() -> int:
+    """This rank's number among those that hold the same parameters: of data and context parallelism."""
+    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+
+def replicas() -> int:
+    return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+
+def join_replicas(part: torch.Tensor) -> torch.Tensor:
+    """Flat parts of equal size of the ranks that hold the same parameters, joined, on every one of them."""
+    whole = part.new_empty(part.numel() * replicas())
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_gather_into_tensor(whole, part, group=group)
+    return whole
+
+
 def is_first_stage() -> bool:
     return bool(parallel_state.is_pipeline_first_stage(ignore_virtual=True))
 

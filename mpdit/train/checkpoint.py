@@ -23,7 +23,6 @@ from mpdit.parallel import groups, optimizer, sharded
 from mpdit.train import checkpoints
 from mpdit.train.session import Network, Session
 
-
 KINDS = ("param", "exp_avg", "exp_avg_sq", "ema")  # of a parameter, in the order in which they are written
 
 
@@ -46,6 +45,23 @@ def _tensors(session: Session) -> Iterator[tuple[str, str, Tensor, nn.Parameter]
     for name, parameter, state in optimizer.whole_state(session.network.ctx, session.network.chunks, session.optimizer):
         for kind, value in (*state.items(), ("ema", session.ema.values[name])):
             yield kind, name, value, parameter
+        yield from _averages(session, name, parameter)
+
+
+def _averages(session: Session, name: str, parameter: nn.Parameter) -> Iterator[tuple[str, str, Tensor, nn.Parameter]]:
+    power = session.ema.power
+    return ((average_kind(width), name, power.whole(width, name), parameter) for width in power.widths)
+
+
+def average_kind(width: float) -> str:
+    """Of the power-function average of a width."""
+    return f"posthoc_{width!r}"
+
+
+def keyed_averages(session: Session) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
+    """:func:`keyed` of the power-function averages alone: a snapshot for ``mpdit ema``."""
+    for name, first in session.ema.parameters.items():
+        yield from ((f"{kind}.{name}", value, p) for kind, _, value, p in _averages(session, name, first))
 
 
 def keyed(session: Session) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
@@ -56,6 +72,7 @@ def keyed(session: Session) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
 def state_text(config: Config, position: Position, ranks: int) -> str:
     """state.json: where the run stands, of what network, and who wrote it."""
     state = {"format": checkpoints.FORMAT, **dataclasses.asdict(position), **_network(config)}
+    state["posthoc_ema"] = list(config.train.posthoc_ema)
     return json.dumps({**state, "written": written(config, ranks)}, indent=1) + "\n"
 
 
@@ -127,6 +144,17 @@ def same_tokenizer(path: Path, at: Position, tokenizer: Tokenizer) -> None:
         )
 
 
+def same_averages(path: Path, config: Config) -> None:
+    """Raises InputError if the config asks for power-function averages that were not kept from the run's start on."""
+    had = checkpoints.state(path).get("posthoc_ema", [])
+    new = [width for width in config.train.posthoc_ema if width not in had]
+    if new:
+        raise InputError(
+            f"{path}: has no average of train.posthoc_ema {new[0]:g}, which is of the whole run, but "
+            f"{', '.join(f'{width:g}' for width in had) or 'none'}; set that, or give another run.dir."
+        )
+
+
 def load(session: Session, path: Path, step: int, skipped: int = 0) -> None:
     """Put a verified checkpoint into a session of any layout; collective. Adam has then taken `step` - `skipped` steps,
     the schedule stands at `step`."""
@@ -135,6 +163,13 @@ def load(session: Session, path: Path, step: int, skipped: int = 0) -> None:
         optimizer.restore(session.network.chunks, session.optimizer, loaded, step - skipped)
     for name, value in session.ema.values.items():
         value.copy_(loaded[name]["ema"])
+    del loaded
+    power = session.ema.power
+    power.updates = step - skipped
+    for width in power.widths:
+        kind = average_kind(width)
+        for name, kinds_of in _read(session.network, path, (kind,)).items():
+            power.restore(width, name, kinds_of[kind])
     session.scheduler.num_steps = 0
     session.scheduler.step(step)
 

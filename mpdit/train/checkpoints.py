@@ -22,23 +22,24 @@ _READS = ("mpdit-checkpoint/2", FORMAT)  # 2 has no manifest hash and says neith
 MANIFEST, STATE = "manifest.json", "state.json"
 
 
-def folder_of(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
+def folder_of(run_dir: Path, place: str = "checkpoints") -> Path:
+    """`place`: checkpoints, or ema for the snapshots of averages, which are folders of the same kind."""
+    return run_dir / place
 
 
-def steps(run_dir: Path) -> list[tuple[int, Path]]:
+def steps(run_dir: Path, place: str = "checkpoints") -> list[tuple[int, Path]]:
     """(step, folder) of every renamed checkpoint, newest first; what it holds is not looked at."""
     found = []
-    for path in folder_of(run_dir).glob("step_*"):
+    for path in folder_of(run_dir, place).glob("step_*"):
         number = path.name.removeprefix("step_")
         if number.isdecimal() and path.is_dir():
             found.append((int(number), path))
     return sorted(found, reverse=True)
 
 
-def unfinished(run_dir: Path) -> list[Path]:
+def unfinished(run_dir: Path, place: str = "checkpoints") -> list[Path]:
     """Folders that a save left behind."""
-    return sorted(folder_of(run_dir).glob("step_*.partial*"))
+    return sorted(folder_of(run_dir, place).glob("step_*.partial*"))
 
 
 # ---- is it whole? ----------------------------------------------------------------------------------------------------
@@ -248,14 +249,19 @@ def complete(folder: Path, final: Path, text: str) -> None:
 
 
 def prune(
-    run_dir: Path, step: int, keep_last: int, keep_every: int, tick: Callable[[], None] = lambda: None
+    run_dir: Path,
+    step: int,
+    keep_last: int,
+    keep_every: int,
+    tick: Callable[[], None] = lambda: None,
+    place: str = "checkpoints",
 ) -> list[str]:
     """Remove what is not to be kept now that `step` is complete; what could not be removed, a sentence each.
 
     Those of later steps go as well: they were damaged, or the run would not have gone on from before them. `tick` is
     called at every file.
     """
-    found = steps(run_dir)
+    found = steps(run_dir, place)
     old = [(at, path) for at, path in found if at <= step]
     gone = [(at, path) for at, path in found if at > step]
     if keep_last:

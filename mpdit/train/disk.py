@@ -67,7 +67,7 @@ def _write(fd: int, folder: str, files: dict[str, tuple[int, int]], first: bool)
         os.nice(19)
     path.mkdir(parents=True, exist_ok=True)
     if first:
-        for old in checkpoints.unfinished(path.parent.parent):
+        for old in checkpoints.unfinished(path.parent.parent, path.parent.name):
             if old.name != path.name:
                 shutil.rmtree(old, ignore_errors=True)
     if not files:
@@ -108,7 +108,8 @@ def _file(path: Path, content: memoryview) -> str:
 
 def _complete(folder: str, final: str, manifest: str, step: int, keep_last: int, keep_every: int) -> list[str]:
     checkpoints.complete(Path(folder), Path(final), manifest)
-    return checkpoints.prune(Path(final).parent.parent, step, keep_last, keep_every, lambda: _say({}))
+    place = Path(final).parent
+    return checkpoints.prune(place.parent, step, keep_last, keep_every, lambda: _say({}), place.name)
 
 
 def _discard(folder: str) -> None:

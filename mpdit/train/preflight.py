@@ -20,6 +20,7 @@ from mpdit.objective import repa as teachers
 from mpdit.parallel import context, groups, stages
 from mpdit.parallel.context import Context
 from mpdit.sample import samplers
+from mpdit.train import profiles
 
 
 def check(config: Config, world: int) -> Config:
@@ -83,7 +84,7 @@ _BOUNDS = {
     **dict.fromkeys(
         (
             *("parallel.micro_batch", "data.workers", "train.save_every", "train.val_every", "train.sample_every"),
-            *("train.keep_last", "train.keep_every"),
+            *("train.keep_last", "train.keep_every", "train.posthoc_every"),
             *("model.vocab_size", "model.text_dim", "optim.warmup_steps", "optim.decay_steps"),
             *("objective.repa_weight", "objective.repa_block", "guard.spike_factor", "guard.max_rollbacks"),
             *("optim.lr", "optim.weight_decay", "optim.clip", "mup.output_mult", "objective.logit_std"),
@@ -122,6 +123,12 @@ def _ranges(config: Config) -> None:
         )
     if optim.warmup_steps >= train.steps:
         raise InputError(f"optim.warmup_steps {optim.warmup_steps} should be less than train.steps {train.steps}.")
+    for width in train.posthoc_ema:
+        if not 0.001 <= width <= profiles.WIDEST or train.posthoc_ema.count(width) > 1:
+            raise InputError(
+                f"train.posthoc_ema is {list(train.posthoc_ema)}, but should be different widths, each between 0.001 "
+                f"and {profiles.WIDEST} of the run's length; two, 0.05 and 0.1, are enough for all others."
+            )
     if optim.schedule == "wsd" and not 0 < optim.decay_steps <= train.steps - optim.warmup_steps:
         raise InputError(
             f"optim.schedule wsd decays over optim.decay_steps, which is {optim.decay_steps}; it should be between 1 "

@@ -15,7 +15,7 @@ from mpdit.data.quarantine import FILE, Bad, Quarantine
 from mpdit.errors import CheckFailed
 from mpdit.parallel import groups
 from mpdit.sample import grid
-from mpdit.train import batches, checkpoint, checkpoints, guards, session, signals
+from mpdit.train import batches, checkpoint, checkpoints, guards, session, signals, snapshots
 from mpdit.train.checkpoint import Position
 from mpdit.train.control import Control
 from mpdit.train.guards import Judge, Verdict
@@ -24,6 +24,7 @@ from mpdit.train.saver import Saver
 from mpdit.train.session import Session
 from mpdit.train.sets import Sets
 from mpdit.train.signals import Signals
+from mpdit.train.snapshots import Snapshots
 from mpdit.train.watchdog import Watchdog
 
 _GRID_PROMPTS = 16  # validation captions drawn when sample.prompts is empty
@@ -47,11 +48,13 @@ class Run:
         self.config, self.sets, self.run, self.recorder = config, sets, run, recorder
         self.judge, self.skipped, self.watch = judge, skipped, watch
         self.saver = Saver(recorder.dir, recorder.report.say)
+        self.snapshots = Snapshots(recorder.dir, recorder.report.say)
         self.bad: list[Bad] = []  # samples that this rank has found and not told yet
         self.control = Control()
         self.control.add("verdict", lambda: judge.verdict)
         self.control.add("signal", lambda: caught.caught)
         self.control.add("saving", lambda: not self.saver.done)
+        self.control.add("taking a snapshot", lambda: not self.snapshots.done)
         self.control.add("bad samples", lambda: len(self.bad))
         self._quarantine: Quarantine | None = None
         if recorder.first:
@@ -66,11 +69,14 @@ class Run:
         try:
             for step in range(start, self.config.train.steps):
                 self._whole_step(step, feed)
+            self.snapshots.finish()
             self.saver.finish()
         except (CheckFailed, signals.Stop):  # the same on every rank
+            self.snapshots.wait()
             self.saver.wait()
             raise
         finally:
+            self.snapshots.close()
             self.saver.close()
             feed.close()
 
@@ -78,8 +84,8 @@ class Run:
         """A step with what is due after it."""
         train, done = self.config.train, step + 1
         row, signal = self._step(step, feed)
-        save = self._to_save(done) or signal != 0
-        with self._looking(done, save) as looking:
+        save, snapshot = self._to_save(done) or signal != 0, self._to_snapshot(done)
+        with self._looking(done, save or snapshot) as looking:
             if looking and self._due(done, train.val_every):
                 self.watch.at(step, "validation")
                 row["val_loss"] = self._validate()
@@ -87,9 +93,13 @@ class Run:
                 self.watch.at(step, "pictures")
                 self._draw(done)
         self._record(row)
-        if save:
+        if save or snapshot:
             self.watch.at(step, "save")
-            self._save(done)
+        if save:
+            self._save(done, self.saver)
+            self._save_due = False
+        if snapshot:
+            self._save(done, self.snapshots)
         if signal and done < train.steps:
             self.saver.wait()
             raise signals.Stop(signal, self.saver.newest)
@@ -142,6 +152,7 @@ class Run:
             self._skipped(row, verdict, loss, float(norm))
         self.judge.note(row)
         self.saver.poll(all_done=not agreed["saving"])
+        self.snapshots.poll(all_done=not agreed["taking a snapshot"])
         row |= self.saver.news()
         if agreed["bad samples"]:
             row["bad_samples"] = self._set_aside(step)
@@ -232,6 +243,9 @@ class Run:
         self._save_due |= self._due(done, train.save_every)
         return self._save_due and (not self.judge.in_a_row or done == train.steps)
 
+    def _to_snapshot(self, done: int) -> bool:
+        return bool(self.config.train.posthoc_ema) and self._due(done, snapshots.every(self.config))
+
     # ---- between steps -----------------------------------------------------------------------------------------------
 
     def _average(self) -> None:
@@ -279,16 +293,14 @@ class Run:
         if "val_loss" in row:
             self.recorder.report.say(f"step {done}  validation loss on unseen concepts {row['val_loss']:.4f}")
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, saver: Saver) -> None:
         self.recorder.sync()
-        if self.saver.busy:
-            self.recorder.report.say("the checkpoint before is still being written; the next one waits for it")
-            self.saver.wait()
-        at = dataclasses.replace(self.sets.start(), step=done, skipped=self.skipped)
-        self.saver.begin(self.run, self.config, at)
+        if saver.busy:
+            self.recorder.report.say(f"the {saver.what} before is still being written; the next one waits for it")
+            saver.wait()
+        saver.begin(self.run, self.config, dataclasses.replace(self.sets.start(), step=done, skipped=self.skipped))
         if not self.config.train.async_save:
-            self.saver.wait()
-        self._save_due = False
+            saver.wait()
 
 
 def _finite(value: float) -> float | None:

@@ -58,6 +58,9 @@ class Saver:
     call :meth:`poll` at every step.
     """
 
+    place, what = "checkpoints", "checkpoint"
+    keyed = staticmethod(checkpoint.keyed)
+
     def __init__(
         self,
         run_dir: Path,
@@ -98,13 +101,13 @@ class Saver:
         """Copy the state of this moment and set the writers going. The one before must have ended (:meth:`wait`)."""
         assert not self.busy, "one save at a time"
         began = time.monotonic()
-        folder = checkpoints.folder_of(self.run_dir)
+        folder = checkpoints.folder_of(self.run_dir, self.place)
         places: list[packed.Place] | str
         try:
             self._image = self._image or packed.Image()
             self._image.clear()
             with session.settled():
-                places = packed.pack(checkpoint.keyed(session), groups.rank(), self._image)
+                places = packed.pack(self.keyed(session), groups.rank(), self._image)
         except OSError as error:
             places = f"no memory for a copy of the state: {error.strerror}"
         token, trouble = groups.decided_together(places, lambda every: self._plan(every, config, position))
@@ -183,7 +186,7 @@ class Saver:
             final=str(save.folder.with_name(f"step_{save.step}")),
             manifest=checkpoints.manifest(files),
             step=save.step,
-            keep_last=train.keep_last,
+            keep_last=train.keep_last if self.place == "checkpoints" else 0,
             keep_every=train.keep_every,
         )
         return sum(file["bytes"] for file in files.values()), None
@@ -211,7 +214,7 @@ class Saver:
             self._news |= {"save_failed": saved.step}
             self.failed = saved
             if groups.rank() == 0:
-                self.say(f"checkpoint of step {save.step} could not be written ({trouble}); {self.at_risk(save.step)}")
+                self.say(f"{self.what} of step {save.step} could not be written ({trouble}); {self.at_risk(save.step)}")
         return saved
 
     def news(self) -> dict[str, Any]:

@@ -149,4 +149,6 @@ def build(config: Config) -> Session:
     chunks = optimizer.wrap(bare.ctx, bare.chunks)
     network = dataclasses.replace(bare, chunks=chunks)
     adam, scheduler = optimizer.build(bare.ctx, chunks, bare.table)
-    return Session(network=network, optimizer=adam, scheduler=scheduler, ema=EMA(chunks, config.train.ema_decay))
+    train, split = config.train, config.parallel.distributed_optimizer
+    ema = EMA(chunks, train.ema_decay, train.posthoc_ema, split=split)
+    return Session(network=network, optimizer=adam, scheduler=scheduler, ema=ema)

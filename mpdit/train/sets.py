@@ -47,6 +47,7 @@ def same_run(path: Path, config: Config, sets: Sets) -> Position:
     """Where a verified checkpoint stands. Raises InputError if it is of another model or data than the config's."""
     at = checkpoint.position(path, config)
     checkpoint.same_tokenizer(path, at, sets.tokenizer)
+    checkpoint.same_averages(path, config)
     if at.plan_hash != sets.plan.hash:
         raise InputError(
             f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, "

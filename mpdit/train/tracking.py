@@ -19,7 +19,7 @@ from mpdit.redact import one_line, redact_uri
 from mpdit.train.mlflow_run import MlflowRun, Point, Status, Told, flatten, key_of, prepare
 
 _TIMEOUT_S = 10  # a request to a server that does not answer
-_PAUSES_S = (2.0, 60.0)  # before the first new try, doubled each time, up to the longest
+_PAUSES_S = (2.0, 30.0)  # before the first new try, doubled each time, up to the longest
 _AT_ONCE = 50  # calls in one delivery: about as many metrics as MLflow takes in one request
 _GATHER_S = 0.5  # between deliveries at least: many steps in one request, and little of the interpreter's lock
 _BREATH_S = 0.05  # where more than a delivery waits
@@ -56,10 +56,10 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         capacity: int = 10_000,
-        pauses: tuple[float, float] = _PAUSES_S,
+        pauses: tuple[float, float] | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
-        self._run_dir, self._warn, self._pauses = Path(run_dir), warn or _to_stderr, pauses
+        self._run_dir, self._warn, self._pauses = Path(run_dir), warn or _to_stderr, pauses or _PAUSES_S
         flat, all_tags = flatten(params or {}), dict(tags or {})
         if flat.get("run.mlflow_parent", "None") != "None":
             all_tags["mlflow.parentRunId"] = flat["run.mlflow_parent"]

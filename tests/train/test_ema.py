@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from mpdit.train import profiles
 from mpdit.train.ema import EMA
 
 
@@ -85,6 +86,30 @@ def test_applied_swaps_and_restores_exactly(dtype: torch.dtype) -> None:
         assert torch.equal(p, before[name])
         assert p.data_ptr() == places[name], "optimizer and DDP hold these very tensors"
         assert torch.equal(ema.values[name], average[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_power_function_averages_weigh_every_update_as_their_profile_does(dtype: torch.dtype) -> None:
+    """The start does not count; update i of k weighs (i^(gamma + 1) - (i - 1)^(gamma + 1)) / k^(gamma + 1)."""
+    chunks = [chunk("a", dtype=dtype), chunk("b", dtype=dtype)]
+    weights, ema, k = parameters(*chunks), EMA(chunks, 0.9, (0.05, 0.2)), 9
+    plain = EMA(chunks, 0.9)
+    seen = []
+    for step in range(k):
+        walk(weights, step)
+        seen.append({name: p.detach().double() for name, p in weights.items()})
+        ema.update()
+        plain.update()
+    assert ema.power.updates == k
+    for width in (0.05, 0.2):
+        gamma = profiles.exponent(width)
+        share = [((i + 1) ** (gamma + 1) - i ** (gamma + 1)) / k ** (gamma + 1) for i in range(k)]
+        for name, p in weights.items():
+            value = ema.power.whole(width, name)
+            assert (value.dtype, value.shape) == (torch.float32, p.shape)
+            closed = sum(part * w[name] for part, w in zip(share, seen, strict=True))
+            torch.testing.assert_close(value.double(), closed, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, plain.values[name]) for name, value in ema.values.items())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

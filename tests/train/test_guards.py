@@ -237,7 +237,8 @@ def test_a_rollback_goes_on_past_the_batches_and_survives_a_resume(tiny_set: Pat
     sections = {"guard": {"max_skipped": 2, "then": "rollback"}}
     config = run_config(tiny_set, tmp_path, **sections)
     plan = poison.plan_of(config)
-    pairs = [pair for step in (5, 6) for pair in zip(*dataclasses.astuple(plan.batch(step)), strict=True)]
+    spoiled = [plan.batch(step) for step in (5, 6)]
+    pairs = [pair for batch in spoiled for pair in zip(batch.sample_ids, batch.visits, strict=True)]
     factors = {(int(sample), int(visit)): math.nan for sample, visit in pairs}
     ranks.run(1, poison.train, config=config, factors=factors)
     wanted = metrics(tmp_path)

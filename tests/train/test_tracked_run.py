@@ -12,7 +12,7 @@ import pytest
 import commands
 import ranks
 import tiny
-from mlflow_stores import SECRET, RealServer, files_with, server
+from mlflow_stores import SECRET, RealServer, files_with, server, wait_for
 from mpdit import config as configs
 from mpdit.config import Config
 from mpdit.train.mlflow_run import Told
@@ -20,9 +20,9 @@ from mpdit.train.mlflow_run import Told
 
 def train(rank: int, world: int, config: Config) -> None:
     from mpdit.parallel import groups
-    from mpdit.train import loop, preflight
+    from mpdit.train import loop, preflight, tracking
 
-    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], tracking._PAUSES_S = "2", (0.2, 1.0)
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
     loop.train(config)
@@ -59,22 +59,43 @@ def test_a_server_that_is_away_hangs_dies_and_comes_back(tiny_set: Path, tmp_pat
     """`mlflow server` itself. The run ends while it is dead; then `mpdit track sync` brings it up to the run."""
     from mlflow.tracking import MlflowClient
 
-    steps, mlflow = 1500, RealServer(tmp_path)
+    steps, mlflow, run = 3000, RealServer(tmp_path), tmp_path / "run"
     config = tiny.config(
         tiny_set,
         parallel={"tp": 2},
         train={"steps": steps, "sample_every": steps // 5},
-        run={"dir": str(tmp_path / "run"), "mlflow_uri": mlflow.uri},
+        run={"dir": str(run), "mlflow_uri": mlflow.uri},
     )
-    acts = {1: mlflow.start, 2: lambda: mlflow.signal(signal.SIGSTOP), 3: lambda: mlflow.signal(signal.SIGCONT)}
+
+    def goes_on(seconds: float) -> None:
+        """The run does, whatever the server does."""
+        before = lines(run)
+        time.sleep(seconds)
+        wait_for(lambda: lines(run) > before)
+
+    def catches_up() -> None:
+        """The tracker is back within the run."""
+        before, client = lines(run), MlflowClient(mlflow.uri)
+        wait_for((run / "mlflow_run_id").is_file)
+        run_id = (run / "mlflow_run_id").read_text().strip()
+        wait_for(lambda: client.get_run(run_id).data.metrics.get("images", 0) >= 8 * before)
+
     try:
         world = ranks.start(2, train, timeout_s=600, config=config)
         try:
-            for fifth, act in {**acts, 4: mlflow.kill}.items():
-                while not (rows := lines(tmp_path / "run")) or rows < fifth * steps // 5:
-                    assert time.monotonic() - world.began < 500
-                    time.sleep(0.01)
-                act()
+            goes_on(3)  # it is away
+            mlflow.start()
+            catches_up()
+            mlflow.signal(signal.SIGSTOP)
+            goes_on(6)
+            mlflow.signal(signal.SIGCONT)
+            catches_up()
+            mlflow.kill()
+            goes_on(4)
+            mlflow.start()
+            catches_up()
+            mlflow.kill()
+            assert lines(run) < steps, "the run was over too soon for what it should see; give it more steps"
             world.results()
         finally:
             world.close()
@@ -84,7 +105,7 @@ def test_a_server_that_is_away_hangs_dies_and_comes_back(tiny_set: Path, tmp_pat
         assert (code, error) == (0, "")
         added = json.loads(out)
         assert added["status"] == "FINISHED"
-        assert added["points"] > 0, "the run ended while its server was dead"
+        assert 0 < added["points"] < 9 * steps, "the run ended while its server was dead"
         client, rows = MlflowClient(mlflow.uri), metrics(tmp_path / "run")
         assert len(client.search_runs(["0", *(e.experiment_id for e in client.search_experiments())])) == 1
         for key in ("loss", "lr", "grad_norm", "data_s", "val_loss"):

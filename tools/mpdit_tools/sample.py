@@ -37,6 +37,8 @@ class Arguments:
     """Of the noise; the run's sample.seed by default."""
     size: Annotated[str | None, tyro.conf.arg(metavar="HxW")] = None
     """Pixels of a picture, for example 48x32 for tall ones; the run's sample.image_size by default."""
+    weights: Path | None = None
+    """A folder that mpdit ema made, to draw with in place of a checkpoint."""
     ema: bool = True
     """Draw with the averaged weights; --no-ema for the raw ones."""
     overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="section.key=value")] = ()
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> int:
     tokenizer = text.of_run(config.data.text, arguments.run, at.tokenizer_sha256)
     tokenizer.encode(prompts, config.model.text_tokens)  # no class: told before weights are read
     out = arguments.out or arguments.run / "samples" / f"{path.name}-{arguments.prompts.stem}"
-    draw_to(config, tokenizer, path, prompts, out, ema=arguments.ema)
+    draw_to(config, tokenizer, path, prompts, out, ema=arguments.ema and arguments.weights is None)
     if groups.rank() == 0:
         print(f"{len(prompts)} pictures of step {at.step} in {out}, all of them in {out / 'grid.png'}")
     groups.stop()
@@ -78,10 +80,12 @@ def choose(arguments: Arguments, config: Config) -> "tuple[Path, Position]":
     def warn(text: str) -> None:
         print(f"mpdit: {text}", file=sys.stderr)
 
-    path = arguments.checkpoint or checkpoints.newest(arguments.run, warn)
+    if arguments.checkpoint and arguments.weights:
+        raise InputError("--checkpoint and --weights: each names what to draw with; give one.")
+    path = arguments.checkpoint or arguments.weights or checkpoints.newest(arguments.run, warn)
     if path is None:
         raise InputError(f"{arguments.run}: has no checkpoint yet; train with train.save_every, or to the end.")
-    if arguments.checkpoint:
+    if arguments.checkpoint or arguments.weights:
         checkpoints.verify(path)
     return path, checkpoint.position(path, config)
 

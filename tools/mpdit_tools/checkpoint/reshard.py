@@ -152,7 +152,7 @@ def _files(
 ) -> list[Place]:
     """Those of one replica of a stage: its tensor ranks go through the parameters side by side."""
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(contextlib.closing(_Files(folder, rank))) for rank in ranks]
+        files = [stack.enter_context(contextlib.closing(Files(folder, rank))) for rank in ranks]
         shares = [packed.Shares(replica[1]) for _ in row]
         for name in row[0].shards:
             for kind in kinds[name]:
@@ -179,7 +179,7 @@ def _chunks(key: str, name: str, row: list[Held]) -> Iterator[tuple[int, Chunk]]
         yield index, Chunk(key=key, whole=tuple(shard.tag.shape), offset=offset, shape=shard.shape)
 
 
-class _Files:
+class Files:
     """The files of one rank."""
 
     def __init__(self, folder: Path, rank: int) -> None:

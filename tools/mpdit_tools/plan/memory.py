@@ -47,7 +47,7 @@ def of_rank(config: Config, chunks: Sequence[Chunk], stage: int, micro_batches: 
         weights=count * (2 if half else 4),
         gradients=count * 4,  # Megatron's buffer, whose sums are fp32
         optimizer=count * (12 if half else 8) // shards,  # two moments, and under bf16 the fp32 weights
-        ema=count * 4,
+        ema=count * 4 + len(config.train.posthoc_ema) * count * 4 // shards,
         saved=saved,
         received=received,
         working=working,

@@ -46,19 +46,27 @@ def disk(config: Config, parameters: int) -> str:
     """Room for all checkpoints that are kept, and the one being written. Raises CheckFailed."""
     folder = Path(config.run.dir).absolute()
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    each = parameters * 16  # fp32 weights, two moments, averaged weights
+    averages = parameters * 4 * len(config.train.posthoc_ema)
+    each = parameters * 16 + averages  # fp32 weights, two moments, averaged weights
     if config.train.keep_last:
         kept, why = config.train.keep_last + 1, f"train.keep_last {config.train.keep_last} and the one being written"
     else:
         kept = -(-config.train.steps // (config.train.save_every or config.train.steps))
         why = "train.keep_last 0 keeps all"
+    what = f"{kept} checkpoints of {each / 1e9:.3g} GB"
     needed, free = kept * each, shutil.disk_usage(there).free
+    if averages:
+        from mpdit.train import snapshots
+
+        count = -(-config.train.steps // (snapshots.every(config) or config.train.steps))
+        what += f" and {count} snapshots of train.posthoc_ema of {averages / 1e9:.3g} GB"
+        needed += count * averages
     if needed > free:
         raise CheckFailed(
-            f"run.dir {config.run.dir} has {free / 1e9:.3g} GB free, but {kept} checkpoints of {each / 1e9:.3g} GB "
-            f"({why}) need {needed / 1e9:.3g} GB; give a larger disk or keep fewer."
+            f"run.dir {config.run.dir} has {free / 1e9:.3g} GB free, but {what} ({why}) need {needed / 1e9:.3g} GB; "
+            "give a larger disk or keep fewer."
         )
-    return f"{free / 1e9:.3g} GB free for {kept} checkpoints of {each / 1e9:.3g} GB in {config.run.dir}"
+    return f"{free / 1e9:.3g} GB free for {what} in {config.run.dir}"
 
 
 def tracking(config: Config) -> str:
