@@ -1,4 +1,4 @@
-"""Rows computed once and read by memory map: latents' moments, text states, a teacher's features; by ``mpdit data cache``.
+"""Rows that ``mpdit data cache`` computes once, read by memory map: latents' moments, text states, teachers' features.
 
 A cache is a folder ``KIND-SPLIT-KEY``, and the key is a hash of all that its rows depend on: the model's files, the
 sizes, the data. Rows are ragged and stored flat: part N, a fixed number of rows, is ``N.npy`` with the numbers of its
@@ -29,7 +29,7 @@ _HINT = "run `mpdit data cache CONFIG`"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """A cache that a run can read: what its rows depend on, and how many there are.
+    """A cache that a run can read: what its rows depend on, and how many samples they are of.
 
     ``depends["model"]`` is None where the model's folder is not there: then a cache of any model will do, if it agrees
     in everything else and is the only one.
@@ -37,12 +37,12 @@ class Wanted:
 
     kind: str  # latents, text, features
     split: str
-    rows: int
+    samples: int
     depends: dict[str, Any]
 
     @property
     def key(self) -> str:
-        inputs = [FORMAT, self.kind, self.split, self.rows, self.depends]
+        inputs = [FORMAT, self.kind, self.split, self.samples, self.depends]
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def folder(self, root: Path) -> Path:
@@ -83,7 +83,7 @@ class Cache:
         numbers, rows = self._part(part)
         offset, size, crc, *dimensions = rows[within].tolist()
         found = np.array(numbers[offset : offset + size])
-        if len(found) != size or zlib.crc32(found) != crc:
+        if len(found) != size or zlib.crc32(found.tobytes()) != crc:
             raise InputError(
                 f"{self.folder / data_name(part)}: row {number} is damaged (its CRC-32 is not that which was written); "
                 f"remove the folder and {_HINT}."
@@ -168,7 +168,10 @@ def _folders(root: Path, wanted: Wanted) -> list[Path]:
 
 def _differences(manifest: dict[str, Any], wanted: Wanted) -> list[str]:
     """In what a cache is of something else, as phrases."""
-    theirs, mine = {**manifest["depends"], "rows": manifest["rows"]}, {**wanted.depends, "rows": wanted.rows}
+    theirs, mine = (
+        {**manifest["depends"], "samples": manifest["samples"]},
+        {**wanted.depends, "samples": wanted.samples},
+    )
     return [
         f"{name} is {_short(theirs.get(name))}, but the config's is {_short(mine.get(name))}"
         for name in sorted(theirs.keys() | mine.keys())
@@ -224,10 +227,11 @@ def write_part(folder: Path, part: int, rows: Sequence[np.ndarray], dimensions: 
     for number, (row, dims) in enumerate(zip(rows, dimensions, strict=True)):
         flat = np.ascontiguousarray(row, DTYPE).reshape(-1)
         numbers[offset : offset + flat.size] = flat
-        table[number] = offset, flat.size, zlib.crc32(flat), *dims
+        table[number] = offset, flat.size, zlib.crc32(flat.tobytes()), *dims
         offset += flat.size
-    for name, array in zip(part_names(part), (numbers, table), strict=True):
-        write_array(folder / name, array)
+    data, of_rows = part_names(part)
+    write_array(folder / data, numbers)
+    write_array(folder / of_rows, table)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

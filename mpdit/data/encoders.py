@@ -78,6 +78,11 @@ class Encoder:
             pooled = whole_number(config, "projection_dim", folder)
         return cls(kind, folder, found, features, pooled, whole_number(sizes, "max_position_embeddings", folder))
 
+    @property
+    def is_there(self) -> bool:
+        """Whether its folder is: a cache knows an encoder without it."""
+        return (self.folder / "config.json").is_file()
+
     def save(self, folder: Path) -> None:
         """Write down which encoder it is; the weights stay where they are."""
         known = {"kind": self.kind, "folder": str(self.folder), "sha256": self.sha256}

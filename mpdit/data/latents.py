@@ -33,6 +33,12 @@ class Space:
     scale: tuple[float, ...]
     shift: tuple[float, ...]
 
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "Space":
+        """Out of what dataclasses.asdict and JSON made of one."""
+        lists: dict[str, Any] = {key: tuple(value) for key, value in facts.items() if isinstance(value, list)}
+        return cls(**{**facts, **lists})
+
     def latent(self, moments_BMHW: "Tensor", noise_BCHW: "Tensor") -> "Tensor":
         """The latent [B, C, H, W] that `noise` draws from the Gaussian of `moments`; fp32."""
         mean_BCHW, logvar_BCHW = moments_BMHW.float().chunk(2, 1)
@@ -98,6 +104,11 @@ class Autoencoder:
         sample_BCHW = self.space.sample(latent_BCHW.to(device).float())
         with torch.no_grad():
             return torch.cat([network.decode(part).sample for part in sample_BCHW.split(_AT_ONCE)]).clamp(-1, 1)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its folder is: a cache knows an autoencoder without it."""
+        return (self.folder / "config.json").is_file()
 
     def save(self, folder: Path) -> None:
         """Write down which autoencoder it is; the weights stay where they are."""

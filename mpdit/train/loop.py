@@ -14,13 +14,14 @@ import torch
 
 from mpdit.config import Config, dump, to_dict
 from mpdit.data import text
+from mpdit.data.latents import Autoencoder
 from mpdit.data.plan import Plan
 from mpdit.data.shards import Shards
 from mpdit.errors import CheckFailed, InputError
 from mpdit.mup.table import rows
 from mpdit.parallel import groups
 from mpdit.sample import grid
-from mpdit.train import batches, checkpoint, session
+from mpdit.train import batches, cached, checkpoint, session
 from mpdit.train.checkpoint import Position
 from mpdit.train.console import Reporter
 from mpdit.train.environment import environment
@@ -40,6 +41,7 @@ class Sets:
     val: Shards
     tokenizer: text.Tokenizer
     plan: Plan
+    autoencoder: Autoencoder | None  # None: pixels
 
     @classmethod
     def open(cls, config: Config) -> "Sets":
@@ -50,7 +52,13 @@ class Sets:
             seed=config.train.seed,
             fingerprint=train.fingerprint,
         )
-        return cls(train=train, val=val, tokenizer=text.of_data_set(config.data.text, train), plan=plan)
+        return cls(
+            train=train,
+            val=val,
+            tokenizer=cached.tokenizer(config, train, val),
+            plan=plan,
+            autoencoder=cached.autoencoder(config, train),
+        )
 
 
 def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]:
@@ -60,6 +68,8 @@ def find_start(config: Config, sets: Sets, warn: Any) -> tuple[Path | None, int]
         return None, 0
     at = checkpoint.position(path, config)
     checkpoint.same_tokenizer(path, at, sets.tokenizer)
+    if sets.autoencoder is not None:
+        sets.autoencoder.same_as_in(Path(config.run.dir))
     if at.plan_hash != sets.plan.hash:
         raise InputError(
             f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, "
@@ -117,8 +127,8 @@ def _train(config: Config, asked: Config, sets: Sets) -> None:
     with _Recorder(config, asked, sets, run, start) as recorder:
         if path is not None:
             recorder.report.say(f"going on from {path} at step {start}")
-        if run.network.note:
-            recorder.report.say(run.network.note)
+        for note in filter(None, [run.network.note, *cached.notes(sets.autoencoder, sets.tokenizer)]):
+            recorder.report.say(note)
         try:
             _Run(config, sets, run, recorder).from_step(start)
         except InputError as error:
@@ -143,6 +153,8 @@ class _Recorder:
             open_values = dataclasses.replace(config, parallel=asked.parallel)
             (self.dir / "config.yaml").write_text(redact_uri(dump(open_values)), encoding="utf-8")
             sets.tokenizer.save(self.dir)  # pictures need no data set
+            if sets.autoencoder is not None:
+                sets.autoencoder.save(self.dir)
             _write_json(self.dir / "mup_table.json", rows(run.network.table))
             _write_json(self.dir / "environment.json", environment())
             self.metrics = self._open.enter_context(Metrics(self.dir / "metrics.jsonl", start))
@@ -272,6 +284,12 @@ class _Run:
         prompts = list(config.sample.prompts) or [
             self.sets.val.caption(int(i)) for i in batches.validation_samples(self.sets.val, _GRID_PROMPTS)
         ]
+        why_not = groups.decided_by_rank_0(
+            lambda: cached.cannot_draw(self.sets.autoencoder, self.sets.tokenizer, prompts)
+        )
+        if why_not:
+            self.recorder.report.say(f"step {done}  {why_not}")
+            return
         images = session.draw(self.run.network, config, prompts, self.sets.tokenizer)
         if self.recorder.first:
             path = self.recorder.dir / "samples" / f"step_{done:07d}.png"
