@@ -126,7 +126,10 @@ class Digits(Common):
 
 
 # command: what it does. More commands of ``mpdit data`` go here.
-COMMANDS = {"build": "build shards for training: webdataset tars, DALI indices, a tokenizer and a manifest"}
+COMMANDS = {
+    "build": "build shards for training: webdataset tars, DALI indices, a tokenizer and a manifest",
+    "cache": "compute latents, text states and REPA features of a config's data once, before training",
+}
 
 USAGE = "\n".join(
     [
@@ -144,6 +147,10 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         raise InputError(f"mpdit data: no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}.")
+    if argv[0] == "cache":
+        from mpdit_tools.data import cache
+
+        return cache.main(argv[1:])
     chosen = tyro.cli(
         Annotated[Icons, tyro.conf.subcommand("icons")]
         | Annotated[Folder, tyro.conf.subcommand("folder")]
