@@ -130,8 +130,12 @@ class Cache:
             raise InputError(
                 f"{self.folder / data_name(part)}: can't be read ({error}); remove the folder and {_HINT}."
             ) from error
-        if numbers.dtype != DTYPE or numbers.ndim != 1:
-            raise InputError(f"{self.folder / data_name(part)}: is damaged; remove the folder and {_HINT}.")
+        per_part = self.manifest["per_part"]
+        wanted = min(per_part, self.manifest["rows"] - part * per_part)
+        if numbers.dtype != DTYPE or numbers.ndim != 1 or rows.dtype != np.int64 or len(rows) != wanted:
+            raise InputError(
+                f"{self.folder / data_name(part)}: is damaged, or is of another cache; remove the folder and {_HINT}."
+            )
         return numbers, rows
 
 
@@ -154,7 +158,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: format is {manifest.get('format')!r}, but this version reads {FORMAT!r}; remove the folder and "
             f"{_HINT}."
         )
+    _check_sound(manifest, path)
     return dict(manifest)
+
+
+def _check_sound(manifest: dict[str, Any], path: Path) -> None:
+    """Raises InputError where a manifest that somebody wrote by hand is not what the builder writes."""
+    for key, kind in (("samples", int), ("rows", int), ("per_part", int), ("depends", dict), ("facts", dict)):
+        if type(manifest.get(key)) is not kind or (kind is int and manifest[key] < 1):
+            raise InputError(f"{path}: {key} is {_short(manifest.get(key))}; remove the folder and {_HINT}.")
+    files = manifest.get("files")
+    parts = range(-(-manifest["rows"] // manifest["per_part"]))
+    if not isinstance(files, dict) or not {name for part in parts for name in part_names(part)} <= files.keys():
+        raise InputError(f"{path}: does not list the files of all its rows; remove the folder and {_HINT}.")
+    for name, file in files.items():
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
+            raise InputError(f"{path}: lists {_short(name)}, but it should be the plain name of a file in the folder.")
+        if not isinstance(file, dict) or type(file.get("bytes")) is not int or type(file.get("sha256")) is not str:
+            raise InputError(f"{path}: has no size and hash of {name}; remove the folder and {_HINT}.")
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:

