@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,18 @@ import ranks
 import tiny
 from mpdit import config as configs
 
+PIXELS = ["data.latents=null", "data.text=sentencepiece", "data.text_model=null", "model.channels=3"]
 VAE = {"model": {"image_size": 6, "patch": 3, "channels": 4}}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def imported() -> Iterator[None]:
+def imported() -> None:
     """What the commands, forked from here, would each import."""
     ranks.warm()
     import diffusers
     import transformers
 
     assert [diffusers.AutoencoderKL, transformers.T5EncoderModel]
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def test_killed_and_resumed_by_others_it_is_the_same_bytes(
     world.close()  # SIGKILL
     assert not (list((tmp_path / "cache").glob("latents-train-*/manifest.json")))
     kept = {path.name: path.stat().st_mtime_ns for path in parts}
-    code, out, error = commands.run(*argv(config, "--workers", 2))
+    code, out, error = ranks.run(1, commands.commands, argvs=[argv(config, "--workers", 2)])[0][0]
     assert code == 0, error
     (latents,) = (r for r in json.loads(out)["caches"] if (r["kind"], r["split"]) == ("latents", "train"))
     assert 0 < latents["built"] <= latents["parts"] - len(kept), "finished parts are kept"
@@ -161,10 +160,7 @@ def test_only_one_builds_at_a_time(tiny_set: Path, models: Path, tmp_path: Path)
     ("overrides", "words"),
     [
         (["data.cache=null"], "data.cache is not given"),
-        (
-            ["data.latents=null", "data.text=sentencepiece", "data.text_model=null", "model.channels=3"],
-            "nothing to cache",
-        ),
+        (PIXELS, "nothing to cache"),
         (["data.latents=nowhere"], "there is no such folder"),
         (["--per-part", "0"], "--per-part 0: should be 1 or more"),
     ],

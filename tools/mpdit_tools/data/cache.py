@@ -1,5 +1,6 @@
 """``mpdit data cache CONFIG``: latents, text states and REPA features of a config's data, computed once."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -147,11 +148,11 @@ def _of_text(config: Config, shards: "Shards") -> "Plan":
 
 
 def _built(plans: "Sequence[Plan]", root: Path, arguments: Arguments) -> list[dict[str, Any]]:
-    from mpdit_tools.data.cache_build import build
+    from mpdit_tools.data.cache_build import Workers, build
     from mpdit_tools.data.report import Progressing
 
-    with Progressing() as told:
-        return [dataclasses.asdict(build(plan, root, arguments.per_part, arguments.workers, told)) for plan in plans]
+    with Progressing() as told, contextlib.closing(Workers(arguments.workers)) as workers:
+        return [dataclasses.asdict(build(plan, root, arguments.per_part, workers, told)) for plan in plans]
 
 
 def _verified(plans: "Sequence[Plan]", root: Path) -> list[dict[str, Any]]:

@@ -53,7 +53,48 @@ class Built:
     seconds: float
 
 
-def build(plan: Plan, root: Path, per_part: int, workers: int, told: Progress) -> Built:
+class Workers:
+    """Processes that compute parts; started when there are first two to do, ended by :meth:`close`."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        # Spawned, not forked: this process has threads.
+        self._context = multiprocessing.get_context("spawn")
+        self._stop = self._context.Event()
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def run(self, parts: Sequence[Part]) -> Iterator[int]:
+        """Compute each; how many items it was of, as they are done. Raises InputError as they do."""
+        if min(self.count, len(parts)) <= 1:
+            for part in parts:
+                yield part.run()
+            return
+        try:
+            with interrupts_held_back():
+                running = [self._started().submit(part.run) for part in parts]
+            for future in concurrent.futures.as_completed(running):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"--workers {self.count}: a worker process was killed, probably for want of memory; use fewer workers. "
+                "What is finished is kept."
+            ) from error
+
+    def _started(self) -> concurrent.futures.ProcessPoolExecutor:
+        if self._pool is None:
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.count, mp_context=self._context, initializer=start_worker, initargs=(self._stop,)
+            )
+        return self._pool
+
+    def close(self) -> None:
+        """What has not begun is left out."""
+        self._stop.set()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def build(plan: Plan, root: Path, per_part: int, workers: Workers, told: Progress) -> Built:
     """Build what `plan` says into `root`, or what is missing of it. Raises InputError as the parts do."""
     began = time.monotonic()
     final = plan.wanted.folder(root)
@@ -75,7 +116,11 @@ def build(plan: Plan, root: Path, per_part: int, workers: int, told: Progress) -
                 if not all((partial / name).is_file() for name in cache.part_names(number))
             ]
             todo, what = len(parts), f"{plan.wanted.kind} of {plan.wanted.split}"
-            _run(parts, plan.items, workers, lambda done: told(what, done, plan.items))
+            done = plan.items - sum(part.count for part in parts)
+            told(what, done, plan.items)
+            for count in workers.run(parts):
+                done += count
+                told(what, done, plan.items)
             _finish(partial, final, plan, per_part, len(starts))
     found = Cache.open(root, plan.wanted)
     return Built(
@@ -115,36 +160,6 @@ def _keep_if_same(partial: Path, plan: dict[str, Any]) -> None:
         if path.name != ".lock":
             path.unlink()
     write_durably(note, _json(plan))
-
-
-def _run(parts: Sequence[Part], items: int, workers: int, told: Callable[[int], None]) -> None:
-    done = items - sum(part.count for part in parts)
-    told(done)
-    if min(workers, len(parts)) <= 1:
-        for part in parts:
-            done += part.run()
-            told(done)
-        return
-    # Spawned, not forked: this process has threads.
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(parts)), mp_context=context, initializer=start_worker, initargs=(stop,)
-    )
-    try:
-        with interrupts_held_back():
-            running = [pool.submit(part.run) for part in parts]
-        for future in concurrent.futures.as_completed(running):
-            done += future.result()
-            told(done)
-    except BrokenProcessPool as error:
-        raise InputError(
-            f"--workers {workers}: a worker process was killed, probably for want of memory; use fewer workers. What "
-            "is finished is kept."
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _finish(partial: Path, final: Path, plan: Plan, per_part: int, parts: int) -> None:
