@@ -105,7 +105,7 @@ def tables(given: Sequence[tuple[Path | str, Config]]) -> list[Table]:
 
 
 def check(config: Config, path: Path | str) -> None:
-    """Refuse the numbers and shapes that training refuses; but latents and text features have a table, too.
+    """Refuse the numbers and shapes that training refuses; but neither autoencoder nor text encoder has to be there.
 
     Raises InputError with `path` in front.
     """

@@ -120,8 +120,8 @@ def _batch(config: Config, mode: Any) -> Batch:
         images_BCHW = torch.zeros(size, model.channels, model.image_size, model.image_size)
         text = torch.zeros((size, model.text_tokens), dtype=torch.long)
         if model.text_dim and model.arch != "dit":
-            text = torch.zeros(size, model.text_tokens, model.text_dim)
-        pooled_BP = torch.zeros(size, model.pooled_dim) if model.pooled_dim else None
+            text = torch.zeros(size, model.text_tokens, model.text_dim, dtype=torch.float16)  # as encoders give it
+        pooled_BP = torch.zeros(size, model.pooled_dim, dtype=torch.float16) if model.pooled_dim else None
         ids, visits = np.arange(size), np.zeros(size, dtype=np.int64)
         real = batches.noised_batch(config, images_BCHW, text, ids, visits, pooled_BP)
     assert real.inputs is not None
