@@ -38,7 +38,8 @@ class Model:
     channels: int = 3
     text_tokens: int = 16  # captions are padded or cut to this many tokens; class labels are one
     vocab_size: int = 0  # 0: that of the data set's tokenizer, or its classes and "no class"
-    text_dim: int = 0  # features of a token that a text encoder gives; 0: a learned table of vocab_size rows
+    text_dim: int = 0  # features of a token that a text encoder gives; 0: the encoder's, or no encoder but a table
+    pooled_dim: int = 0  # mmdit: features of the encoder's pooled vector (clip); 0: the mean of the tokens instead
     qk_norm: bool = True
     learn_sigma: bool = False  # objective ddpm: predict the variance too (twice the output channels)
 
@@ -116,10 +117,13 @@ class Data:
     path: str = "data/icons"
     more: tuple[str, ...] = ()  # folders of further data sets, trained on together with path's
     weights: tuple[float, ...] = ()  # each set's share of the batches, path's first; empty: as many as it has samples
-    text: Literal["sentencepiece", "labels"] = "sentencepiece"  # labels: a caption is the name of a class
+    text: Literal["sentencepiece", "labels", "minilm", "t5", "clip"] = "sentencepiece"  # labels: names of classes
+    text_model: str | None = None  # t5, clip: the local folder of a transformers model and its tokenizer
+    latents: str | None = None  # the local folder of a diffusers AutoencoderKL; None: pixels
+    cache: str | None = None  # a folder that `mpdit data cache` filled: latents, text states, teacher's features
     caption_drop: float = 0.1  # share of captions replaced by the empty one, for guidance
     mirror: bool = False  # flip half of the images left to right
-    buckets: tuple[tuple[int, ...], ...] = ()  # [height, width] pixels; empty: the square of model.image_size
+    buckets: tuple[tuple[int, ...], ...] = ()  # [height, width], as model.image_size counts them; empty: its square
     workers: int = 1  # DALI threads a rank
     max_bad_fraction: float = 0.01  # the run stops when more of the training samples turn out to be damaged
 
@@ -175,7 +179,7 @@ class Sample:
     sampler: Literal["auto", "euler", "heun", "ddim", "ddpm"] = "auto"  # auto: euler for flow, ddim for ddpm
     steps: int = 30  # of the sampler; a Heun step asks the network twice
     guidance: float = 3.0  # classifier-free guidance scale; 1: off
-    image_size: tuple[int, ...] = ()  # [height, width] pixels; empty: the square of model.image_size
+    image_size: tuple[int, ...] = ()  # [height, width], as model.image_size counts them; empty: its square
     seed: int = 0
 
 

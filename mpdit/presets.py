@@ -13,8 +13,8 @@ from typing import Any
 
 # 32 x 32 x 4: 256 x 256 pixels under an autoencoder that shrinks the sides by 8.
 _LATENTS: dict[str, Any] = {"image_size": 32, "channels": 4, "mlp_ratio": 4, "qk_norm": False, "learn_sigma": False}
-_CLASSES = {**_LATENTS, "text_tokens": 1, "vocab_size": 1001, "text_dim": 0}  # ImageNet's, and "no class"
-_CAPTIONS = {**_LATENTS, "vocab_size": 0, "text_dim": 4096}  # features of T5-XXL
+_CLASSES = {**_LATENTS, "text_tokens": 1, "vocab_size": 1001, "text_dim": 0, "pooled_dim": 0}  # ImageNet's, "no class"
+_CAPTIONS = {**_LATENTS, "vocab_size": 0, "text_dim": 4096, "pooled_dim": 0}  # features of T5-XXL
 
 # What the rows of a family share.
 _FAMILIES: dict[str, dict[str, Any]] = {

@@ -65,6 +65,7 @@ class Loader:
         micro_batch: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        factor: int = 1,
         channels: int = 3,
         mirror: Mirror | None = None,
         workers: int = 1,
@@ -72,8 +73,8 @@ class Loader:
         start_step: int = 0,
         prefetch: int = 2,
     ) -> None:
-        """`mirror`: which images to flip left to right; `device`: a CUDA device decodes there; `prefetch`: how many
-        micro-batches are decoded ahead.
+        """`factor`: pixels a side of what the plan counts as one; `mirror`: which images to flip left to right;
+        `device`: a CUDA device decodes there; `prefetch`: how many micro-batches are decoded ahead.
 
         Raises InputError when `plan` does not divide over the ranks or for `channels` other than 1 (gray) and 3 (RGB),
         ValueError when it is not a plan of these shards.
@@ -82,9 +83,9 @@ class Loader:
             raise ValueError("the plan is of other shards")
         plan.share(dp_size, micro_batch)
         self._reader, self._plan, self._mirror = Reader(shards), plan, mirror
-        self._layout = (dp_rank, dp_size, micro_batch)
+        self._micro_batch, self._factor = micro_batch, factor
         self._channels, self._workers, self._device, self._depth = channels, workers, device, max(prefetch, 1) + 1
-        self._positions = self._walk(start_step)
+        self._positions = walk(plan, start_step, dp_rank, dp_size, micro_batch)
         self._pending: collections.deque[_Pending] = collections.deque()
         self._pid = os.getpid()
         self._decoder = self._start()
@@ -130,35 +131,18 @@ class Loader:
         self.close()
 
     def _start(self) -> decode.Decoder:
-        _, _, micro_batch = self._layout
-        return decode.Decoder(self._feed, micro_batch, self._channels, self._workers, self._device, self._depth)
-
-    def _walk(self, step: int) -> Iterator[tuple[int, Batch]]:
-        while True:
-            for batch in self._plan.local(step, *self._layout):
-                yield step, batch
-            step += 1
+        return decode.Decoder(self._feed, self._micro_batch, self._channels, self._workers, self._device, self._depth)
 
     def _feed(self) -> decode.Inputs:
         """DALI's source: called in the caller's thread, some micro-batches ahead of the one that comes out."""
         step, batch = next(self._positions)
-        pairs = zip(batch.sample_ids.tolist(), batch.visits.tolist(), strict=True)
-        read_ids, encoded, captions = zip(*(self._good(batch.bucket, *pair) for pair in pairs), strict=True)
-        self._pending.append(_Pending(step=step, batch=batch, captions=list(captions), read_ids=list(read_ids)))
+        read_ids, encoded, captions = good(self._reader, self._plan, batch)
+        self._pending.append(_Pending(step=step, batch=batch, captions=captions, read_ids=read_ids))
         mirrored_B = (
             np.zeros(len(batch), bool) if self._mirror is None else self._mirror(batch.sample_ids, batch.visits)
         )
-        return decode.inputs(encoded, self._plan.shapes[batch.bucket], mirrored_B)
-
-    def _good(self, bucket: int, sample: int, visit: int) -> tuple[int, bytes, str]:
-        """The sample, or the first of its stand-ins that is not known to be bad: id, encoded image and caption."""
-        if (found := self._reader.read(sample)) is not None:
-            return sample, *found
-        for attempt in range(2 * ROW_ATTEMPTS):
-            other = self._plan.stand_in(bucket, sample, visit, attempt)
-            if (found := self._reader.read(other)) is not None:
-                return other, *found
-        raise self._reader.despair(sample, f"none of {2 * ROW_ATTEMPTS} others")
+        height, width = self._plan.shapes[batch.bucket]
+        return decode.inputs(encoded, (height * self._factor, width * self._factor), mirrored_B)
 
     def _set_aside(self) -> bool:
         """Find the images that made DALI give up, and feed it once more, without them; False if every image is fine."""
@@ -173,45 +157,88 @@ class Loader:
         return True
 
 
+def walk(plan: Plan, step: int, dp_rank: int, dp_size: int, micro_batch: int) -> Iterator[tuple[int, Batch]]:
+    """(step, samples) of a rank's micro-batches from `step` on, without end."""
+    while True:
+        for batch in plan.local(step, dp_rank, dp_size, micro_batch):
+            yield step, batch
+        step += 1
+
+
+def good(reader: "Reader", plan: Plan, batch: Batch) -> tuple[list[int], list[bytes], list[str]]:
+    """Ids, encoded images and captions of a micro-batch's samples, or of the first stand-in that is good.
+
+    Raises InputError when a bad sample finds none.
+    """
+    pairs = zip(batch.sample_ids.tolist(), batch.visits.tolist(), strict=True)
+    ids, encoded, captions = zip(*(_good(reader, plan, batch.bucket, *pair) for pair in pairs), strict=True)
+    return list(ids), list(encoded), list(captions)
+
+
+def _good(reader: "Reader", plan: Plan, bucket: int, sample: int, visit: int) -> tuple[int, bytes, str]:
+    if (found := reader.read(sample)) is not None:
+        return sample, *found
+    for attempt in range(2 * ROW_ATTEMPTS):
+        other = plan.stand_in(bucket, sample, visit, attempt)
+        if (found := reader.read(other)) is not None:
+            return other, *found
+    raise InputError(reader.despair(sample, f"none of {2 * ROW_ATTEMPTS} others"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Fixed:
+    """What :func:`fixed` has found."""
+
+    images: torch.Tensor  # float32 (B, C, H, W) in [-1, 1]; empty where no pictures are wanted
+    captions: list[str]
+    read_ids: np.ndarray  # int64 (B,)
+    bad: list[Bad]
+
+
 def fixed(
     shards: Shards | Mixture,
     samples: Sequence[int],
-    height_width: tuple[int, int],
+    height_width: tuple[int, int] | None,
     *,
     channels: int = 3,
     device: torch.device | str | None = None,
-) -> tuple[torch.Tensor, list[str], list[Bad]]:
+) -> Fixed:
     """Images and captions of certain samples, as :class:`Loader` decodes them, and the bad ones that were met.
 
     In the place of a bad sample comes the next good one of the set: the same whenever and wherever it is asked.
-    Raises InputError when there is none.
+    `height_width` None: captions alone. Raises InputError when there is no good sample.
     """
-    reader = Reader(shards)
+    reader, images_BCHW = Reader(shards, pictures=height_width is not None), torch.empty(0)
     while True:
-        good = [reader.next_good(sample) for sample in samples]
-        encoded = [image for _, image, _ in good]
+        found = [reader.next_good(sample) for sample in samples]
+        ids, captions = [sample for sample, *_ in found], [caption for *_, caption in found]
         try:
-            images_BCHW = decode.decode(encoded, *height_width, channels=channels, device=device)
+            if height_width is not None:
+                encoded = [image for _, image, _ in found]
+                images_BCHW = decode.decode(encoded, *height_width, channels=channels, device=device)
         except InputError:
-            if not reader.set_aside([sample for sample, _, _ in good], channels, device):
+            if not reader.set_aside(ids, channels, device):
                 raise
         else:
-            return images_BCHW, [caption for *_, caption in good], reader.take_bad()
+            return Fixed(images=images_BCHW, captions=captions, read_ids=np.array(ids), bad=reader.take_bad())
 
 
 class Reader:
     """Reads samples and keeps account of the bad ones. It spares a second look: what is good never depends on it."""
 
-    def __init__(self, shards: Shards | Mixture) -> None:
-        self._shards = shards
+    def __init__(self, shards: Shards | Mixture, *, pictures: bool = True) -> None:
+        """`pictures`: whether images are read, and a sample with a damaged one is bad."""
+        self._shards, self._pictures = shards, pictures
         self._bad: dict[int, Bad] = {}
         self._untold: list[Bad] = []
 
     def read(self, sample: int) -> tuple[bytes, str] | None:
-        """Encoded image and caption; None for a sample that can't be used."""
+        """Encoded image (empty without pictures) and caption; None for a sample that can't be used."""
         if sample in self._bad:
             return None
         try:
+            if not self._pictures:
+                return b"", self._shards.caption(sample)
             encoded, caption = self._shards.read(sample)
         except BadSample as error:
             self._note(sample, error.where, error.reason)

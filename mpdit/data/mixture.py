@@ -19,6 +19,7 @@ class Mixture:
     def __init__(self, sets: Sequence[Shards]) -> None:
         """`sets`: at least one. Use :meth:`open`."""
         self.sets = tuple(sets)
+        self.split = sets[0].split
         self._firsts = np.cumsum([0] + [len(part) for part in sets])
         self.sizes = np.concatenate([part.sizes for part in sets])  # int64 (samples, 2): height, width as stored
         fingerprints = [part.fingerprint for part in sets]

@@ -1,8 +1,10 @@
-"""Captions to ids: tokens of the sentencepiece model trained on the data set, or the numbers of its classes.
+"""Captions to ids: tokens of the sentencepiece model trained on the data set, or the numbers of its classes; or to the
+states of a frozen text encoder (mpdit.data.encoders).
 
 Shapes: B captions, L tokens.
 """
 
+import abc
 import difflib
 import hashlib
 import json
@@ -13,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
+from mpdit.data import encoders
+from mpdit.data.encoders import Encoder, Text
 from mpdit.data.shards import Shards, class_names
 from mpdit.errors import InputError
 
@@ -24,10 +28,12 @@ class Tokenizer(Protocol):
     """What captions become, whichever way."""
 
     sha256: str  # of what it is made from: another hash, other ids
-    vocab_size: int  # ids are 0 … vocab_size - 1
+    vocab_size: int  # ids are 0 … vocab_size - 1; 0: it gives features
+    text_dim: int  # features of a token; 0: it gives ids
+    pooled_dim: int  # of the vector that stands for the whole caption; 0: there is none
 
-    def encode(self, captions: Sequence[str], length: int) -> np.ndarray:
-        """Ids, int64 (B, L = `length`). The empty caption is guidance's "no text"."""
+    def text(self, captions: Sequence[str], length: int) -> Text:
+        """Ids or features of L = `length` tokens a caption. The empty caption is guidance's "no text"."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -35,7 +41,20 @@ class Tokenizer(Protocol):
         ...
 
 
-class SentencePiece:
+class _Ids(abc.ABC):
+    """A tokenizer that gives ids."""
+
+    text_dim = pooled_dim = 0
+
+    @abc.abstractmethod
+    def encode(self, captions: Sequence[str], length: int) -> np.ndarray:
+        """Ids, int64 (B, L = `length`)."""
+
+    def text(self, captions: Sequence[str], length: int) -> Text:
+        return Text(tokens_BL=self.encode(captions, length))
+
+
+class SentencePiece(_Ids):
     """A sentencepiece processor that pads. The empty caption, guidance's "no text", is one end-of-text token."""
 
     FILE = "tokenizer.model"
@@ -83,7 +102,7 @@ class SentencePiece:
         return ids_BL
 
 
-class Labels:
+class Labels(_Ids):
     """Class names to their numbers. The empty caption, guidance's "no class", is the last id, as in DiT's code.
 
     DiT: Peebles & Xie, arXiv 2212.09748.
@@ -135,8 +154,13 @@ class Labels:
         return number
 
 
-def of_data_set(kind: str, shards: Shards) -> Tokenizer:
-    """What ``data.text`` = `kind` makes of a data set's captions. Raises InputError if the set is not for it."""
+def of_data_set(kind: str, shards: Shards, model: str | None = None) -> Tokenizer:
+    """What ``data.text`` = `kind` makes of a data set's captions; `model`: ``data.text_model``.
+
+    Raises InputError if the set is not for it, or the encoder not there.
+    """
+    if kind in encoders.KINDS:
+        return Encoder.open(kind, model)
     manifest = shards.folder / "manifest.json"
     if kind == "labels":
         if shards.classes is None:
@@ -150,8 +174,13 @@ def of_data_set(kind: str, shards: Shards) -> Tokenizer:
     return SentencePiece.open(shards.tokenizer.path, shards.tokenizer.sha256)
 
 
-def of_run(kind: str, folder: Path, sha256: str) -> Tokenizer:
-    """What :meth:`Tokenizer.save` left in a run folder. Raises InputError if it is missing or not the run's."""
+def of_run(kind: str, folder: Path, sha256: str, model: str | None = None) -> Tokenizer:
+    """What :meth:`Tokenizer.save` left in a run folder, or the encoder that the run was trained with.
+
+    Raises InputError if it is missing or not the run's.
+    """
+    if kind in encoders.KINDS:
+        return Encoder.open(kind, model, sha256)
     cls = Labels if kind == "labels" else SentencePiece
     return cls.open(folder / cls.FILE, sha256)
 

@@ -26,7 +26,8 @@ TIME_FEATURES = 256  # of the sinusoidal timestep embedding, as in DiT and SD3
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
     """What a network is asked: noisy images [B, C, H, W], times in [0, 1] [B], and text [B, L]: token ids (0 is
-    padding), or one class label, or the features [B, L, text_dim] of a text encoder (all zeros are padding).
+    padding), or one class label, or the features [B, L, text_dim] of a text encoder (all zeros are padding). With
+    ``model.pooled_dim``, the encoder's pooled vector as well.
 
     For REPA, on the stage that learns it: a frozen teacher's features of the clean images, a vector for each patch of
     this context rank.
@@ -35,6 +36,7 @@ class Inputs:
     image_BCHW: Tensor
     time_B: Tensor
     text_BL: Tensor
+    pooled_BP: Tensor | None = None
     teacher_SBF: Tensor | None = None
 
 
@@ -112,6 +114,12 @@ class ConditionMLP(nn.Module):
 
     def forward(self, x_BF: Tensor) -> Tensor:
         return self.linear_2(self.activation(self.linear_1(x_BF)))
+
+
+def text_of(ctx: Context, inputs: Inputs) -> Tensor:
+    """Token ids [L, B], or features [L, B, text_dim] in the network's precision."""
+    text_LB = inputs.text_BL.transpose(0, 1)
+    return text_LB.to(ctx.dtype) if text_LB.ndim == 3 else text_LB
 
 
 def text_embedder(ctx: Context) -> nn.Module:

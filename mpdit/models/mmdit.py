@@ -20,6 +20,7 @@ from mpdit.models.layers import (
     image_stream,
     positions_1d,
     text_embedder,
+    text_of,
     text_stream,
     time_features,
 )
@@ -43,16 +44,19 @@ class Embed(nn.Module):
         self.patch = PatchEmbed(ctx)
         self.text = text_embedder(ctx)
         self.time = ConditionMLP(ctx, TIME_FEATURES)
-        self.pooled = ConditionMLP(ctx, model.text_dim or ctx.width)
+        self.pooled = ConditionMLP(ctx, model.pooled_dim or model.text_dim or ctx.width)
         self.register_buffer("text_positions_LD", positions_1d(model.text_tokens, ctx.width), persistent=False)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         image_SBD = self.patch(inputs.image_BCHW)
-        given_LB = inputs.text_BL.transpose(0, 1)
+        given_LB = text_of(self.ctx, inputs)
         embedded_LBD = self.text(given_LB)
         text_LBD = tokens.own_context(embedded_LBD + self.text_positions_LD[:, None].to(embedded_LBD))
-        pooled_BD = self.pooled(pool(given_LB if given_LB.ndim == 3 else embedded_LBD, given_LB))
-        cond_BD = F.silu(self.time(time_features(inputs.time_B).to(self.ctx.dtype)) + pooled_BD)
+        if inputs.pooled_BP is None:
+            pooled_BP = pool(given_LB if given_LB.ndim == 3 else embedded_LBD, given_LB)
+        else:
+            pooled_BP = inputs.pooled_BP.to(self.ctx.dtype)
+        cond_BD = F.silu(self.time(time_features(inputs.time_B).to(self.ctx.dtype)) + self.pooled(pooled_BP))
         return tokens.scatter(self.ctx, image_SBD), tokens.scatter(self.ctx, text_LBD), cond_BD[None]
 
 

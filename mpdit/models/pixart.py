@@ -18,6 +18,7 @@ from mpdit.models.layers import (
     SelfAttention,
     image_stream,
     out_features,
+    text_of,
     text_stream,
     time_features,
 )
@@ -44,7 +45,7 @@ class Embed(nn.Module):
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         image_SBD = self.patch(inputs.image_BCHW)
-        text_LBD = tokens.own_context(self.text(inputs.text_BL.transpose(0, 1)))
+        text_LBD = tokens.own_context(self.text(text_of(self.ctx, inputs)))
         time_1BD = self.time(time_features(inputs.time_B).to(self.ctx.dtype))[None]
         cond_7BD = torch.cat([*self.ada(F.silu(time_1BD)), time_1BD])
         return tokens.scatter(self.ctx, image_SBD), tokens.scatter(self.ctx, text_LBD), cond_7BD

@@ -17,6 +17,7 @@ from mpdit.models.layers import (
     out_features,
     patchify,
     text_embedder,
+    text_of,
     time_features,
     unpatchify,
 )
@@ -40,7 +41,7 @@ class Embed(nn.Module):
 
     def forward(self, inputs: Inputs) -> tuple[Tensor]:
         time_1BD = time_features(inputs.time_B, self.ctx.width).to(self.ctx.dtype)[None]
-        text_LBD = self.text(inputs.text_BL.transpose(0, 1))
+        text_LBD = self.text(text_of(self.ctx, inputs))
         image_SBD = self.patch(patchify(inputs.image_BCHW, self.patch_size).to(self.ctx.dtype))
         x_TBD = self.positions(cat([time_1BD, text_LBD, image_SBD]))
         return (tokens.scatter(self.ctx, tokens.own_context(x_TBD)),)

@@ -21,7 +21,8 @@ _SHARES = {
 }
 # Of the sections below, what the two may choose on their own, or what has a rule of its own here.
 _FREE = {
-    *("model.preset", "model.width", "model.depth", "model.head_dim", "model.vocab_size", "data.workers"),
+    *("model.preset", "model.width", "model.depth", "model.head_dim", "model.vocab_size", "model.text_dim"),
+    *("data.workers", "data.cache"),
     *_BASES,
     *_SHARES,
 }
@@ -50,8 +51,9 @@ def transfer_from(base: Config, target: Config, *, chosen: Collection[str] = ())
     for prefix, (why, otherwise) in _SAME.items():
         keys = [key for key in flat_base if key.startswith(prefix) and key not in _FREE and key not in chosen]
         _same(flat_base, flat_target, keys, why, otherwise)
-    if base.model.vocab_size and target.model.vocab_size:  # 0: the data set's, and that is the same
-        _same(flat_base, flat_target, ["model.vocab_size"], "one data set has one vocabulary", "leave both out")
+    for size, why in (("vocab_size", "one data set has one vocabulary"), ("text_dim", "one encoder has one width")):
+        if getattr(base.model, size) and getattr(target.model, size):  # 0: what data and encoder say, the same in both
+            _same(flat_base, flat_target, [f"model.{size}"], why, "leave both out")
     _depth(base, target)
     _head_dim(base, target)
     _shares(base, target, chosen)

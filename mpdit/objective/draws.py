@@ -17,12 +17,14 @@ def _key(seed: int, purpose: str, sample_id: int, visit: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def noise(seed: int, sample_ids: np.ndarray, visits: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal, [B, *shape], fp32."""
+def noise(
+    seed: int, sample_ids: np.ndarray, visits: np.ndarray, shape: tuple[int, ...], purpose: str = "noise"
+) -> Tensor:
+    """Standard normal, [B, *shape], fp32; `purpose` keeps the noises of one sample independent."""
     drawn = torch.empty(len(sample_ids), *shape)
     generator = torch.Generator()
     for row, sample_id, visit in zip(drawn, sample_ids, visits, strict=True):
-        generator.manual_seed(_key(seed, "noise", int(sample_id), int(visit)) >> 1)
+        generator.manual_seed(_key(seed, purpose, int(sample_id), int(visit)) >> 1)
         row.normal_(generator=generator)
     return drawn
 

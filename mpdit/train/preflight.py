@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from mpdit import models
-from mpdit.config import Config, to_dict
-from mpdit.data import text
+from mpdit.config import Config, Model, to_dict
+from mpdit.data import encoders
+from mpdit.data.cached_text import CachedText
+from mpdit.data.encoders import Encoder
 from mpdit.data.mixture import Mixture
-from mpdit.data.shards import Shards
+from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
 from mpdit.models import repa
 from mpdit.mup import rules
@@ -20,14 +22,14 @@ from mpdit.objective import repa as teachers
 from mpdit.parallel import context, groups, stages
 from mpdit.parallel.context import Context
 from mpdit.sample import samplers
-from mpdit.train import profiles
+from mpdit.train import cached, profiles
 
 
 def check(config: Config, world: int) -> Config:
-    """The config with its open values resolved (vocabulary, micro-batch) for `world` ranks.
+    """The config with its open values resolved (vocabulary or text features, micro-batch) for `world` ranks.
 
     Raises InputError for the first thing that can't work, naming key, value and remedy. Reads the data set's manifest
-    and indices, builds nothing.
+    and indices, hashes the files of pretrained models and looks at caches; builds nothing.
     """
     _run_dir(Path(config.run.dir))
     return without_run_dir(config, world)
@@ -36,10 +38,12 @@ def check(config: Config, world: int) -> Config:
 def without_run_dir(config: Config, world: int) -> Config:
     """:func:`check` for who writes into no run folder. Raises InputError."""
     config = without_data(config, world)
-    train = Mixture.open(config.data, "train")
-    Mixture.open(config.data, "val")
-    _teacher(config)
-    return _vocabulary(config, train.sets[0])
+    train, val = Mixture.open(config.data, "train"), Mixture.open(config.data, "val")
+    channels = _pixel_channels(config, train)
+    for split in (train, val):
+        cached.open_latents(config, split)
+    _teacher(config, train, channels)
+    return _text(config, cached.tokenizer(config, train, val))
 
 
 def without_data(config: Config, world: int) -> Config:
@@ -84,8 +88,8 @@ _BOUNDS = {
     **dict.fromkeys(
         (
             *("parallel.micro_batch", "data.workers", "train.save_every", "train.val_every", "train.sample_every"),
-            *("train.keep_last", "train.keep_every", "train.posthoc_every"),
-            *("model.vocab_size", "model.text_dim", "optim.warmup_steps", "optim.decay_steps"),
+            *("train.keep_last", "train.keep_every", "train.posthoc_every", "model.vocab_size", "model.text_dim"),
+            *("model.pooled_dim", "optim.warmup_steps", "optim.decay_steps"),
             *("objective.repa_weight", "objective.repa_block", "guard.spike_factor", "guard.max_rollbacks"),
             *("optim.lr", "optim.weight_decay", "optim.clip", "mup.output_mult", "objective.logit_std"),
             *(f"mup.lr_mult.{group}" for group in Group),
@@ -152,17 +156,21 @@ def _shapes(config: Config) -> None:
         raise InputError(f"model.width {model.width} should be a multiple of 4 (2-D sin-cos positions).")
     if model.image_size % model.patch:
         raise InputError(f"model.image_size {model.image_size} does not divide by model.patch {model.patch}.")
-    if model.channels not in (1, 3):
+    if model.channels not in (1, 3) and config.data.latents is None:
         preset = f" (of preset {model.preset}, which is for latents)" if model.preset else ""
         raise InputError(
-            f"model.channels is {model.channels}{preset}, but this version trains in pixel space; it should be 3 (RGB) "
-            "or 1 (gray)."
+            f"model.channels is {model.channels}{preset}, but data.latents is not given and pictures have 3 (RGB) or 1 "
+            "(gray); set it to 3, or data.latents to the folder of an autoencoder."
         )
-    if model.text_dim:
+    if model.text_dim and config.data.text not in encoders.KINDS:
         preset = f" (of preset {model.preset})" if model.preset else ""
         raise InputError(
-            f"model.text_dim is {model.text_dim}{preset}, features of a text encoder, which this version does not "
-            "have; set it to 0 for a learned table of sentencepiece pieces."
+            f"model.text_dim is {model.text_dim}{preset}, features of a text encoder, but data.text is "
+            f"{config.data.text}; set it to 0 for a learned table, or data.text to {', '.join(encoders.KINDS)}."
+        )
+    if model.pooled_dim and (model.arch != "mmdit" or config.data.text not in encoders.KINDS):
+        raise InputError(
+            f"model.pooled_dim is {model.pooled_dim}, which is for arch mmdit with a text encoder; set it to 0."
         )
     if parallel.sp and parallel.tp == 1:
         raise InputError("parallel.sp shards tokens over the tensor ranks: it needs parallel.tp of at least 2.")
@@ -225,10 +233,29 @@ def _network(config: Config) -> None:
         )
 
 
-def _teacher(config: Config) -> None:
+def _teacher(config: Config, train: Mixture, channels: int) -> None:
     if config.objective.repa_weight:
         repa.teacher_features(config.objective)
-        teachers.check(config.objective, config.model.channels)
+        if cached.open_features(config, train) is None:
+            teachers.check(config.objective, channels)
+
+
+def _pixel_channels(config: Config, train: Mixture) -> int:
+    """Of the pictures."""
+    found, channels = cached.autoencoder(config, train), config.model.channels
+    if found is None:
+        return channels
+    if channels != found.space.channels:
+        raise InputError(
+            f"model.channels is {channels}, but the latents of data.latents {found.folder} have "
+            f"{found.space.channels}; set it to {found.space.channels}."
+        )
+    if found.space.pixel_channels not in (1, 3):
+        raise InputError(
+            f"data.latents {found.folder}: takes pictures of {found.space.pixel_channels} channels, but it should be "
+            "3 (RGB) or 1 (gray)."
+        )
+    return found.space.pixel_channels
 
 
 def _micro_batch(config: Config, data_ranks: int) -> Config:
@@ -253,13 +280,34 @@ def _micro_batch(config: Config, data_ranks: int) -> Config:
     return dataclasses.replace(config, parallel=dataclasses.replace(parallel, micro_batch=micro_batch))
 
 
-def _vocabulary(config: Config, shards: Shards) -> Config:
-    tokenizer = text.of_data_set(config.data.text, shards)
-    tokenizer.encode(config.sample.prompts, config.model.text_tokens)  # labels refuse what they can't say
-    found, wanted = tokenizer.vocab_size, config.model.vocab_size
+def _text(config: Config, tokenizer: Tokenizer) -> Config:
+    """`config` with the vocabulary of the data set's captions, or with the features of the text encoder."""
+    model = config.model
+    if tokenizer.text_dim:
+        return dataclasses.replace(config, model=_features(model, tokenizer, config.data.text))
+    tokenizer.text(config.sample.prompts, model.text_tokens)  # labels refuse what they can't say
+    found, wanted = tokenizer.vocab_size, model.vocab_size
     if wanted not in (0, found):
         raise InputError(
             f"model.vocab_size is {wanted}, but the captions of {config.data.path} are of {found} different tokens; "
             "leave it out."
         )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=found))
+    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=found))
+
+
+def _features(model: Model, tokenizer: Tokenizer, kind: str) -> Model:
+    encoder = tokenizer.encoder if isinstance(tokenizer, CachedText) else tokenizer
+    assert isinstance(encoder, Encoder)
+    encoder.check_length(model.text_tokens)
+    if model.text_dim not in (0, encoder.text_dim):
+        raise InputError(
+            f"model.text_dim is {model.text_dim}, but the encoder of data.text {kind} gives {encoder.text_dim} "
+            "features a token; leave it out."
+        )
+    if model.pooled_dim not in (0, encoder.pooled_dim):
+        has = f"has {encoder.pooled_dim} features" if encoder.pooled_dim else "does not exist"
+        raise InputError(
+            f"model.pooled_dim is {model.pooled_dim}, but the pooled vector of data.text {kind} {has}; set it to "
+            f"{encoder.pooled_dim}{', or to 0 for the mean of the tokens' if encoder.pooled_dim else ''}."
+        )
+    return dataclasses.replace(model, text_dim=encoder.text_dim)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from mpdit.config import Config, dump, to_dict
-from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
 from mpdit.mup.table import Table, rows
 from mpdit.parallel import groups
@@ -18,6 +17,7 @@ from mpdit.redact import redact_uri
 from mpdit.train.console import Reporter
 from mpdit.train.environment import environment
 from mpdit.train.metrics import Metrics
+from mpdit.train.sets import Sets
 from mpdit.train.tracking import Tracker
 
 _LETTING_GO_S = 5.0  # a job that was just killed may take a moment to let go of its run folder
@@ -49,7 +49,7 @@ def _locked(file: IO[str]) -> bool:
 class Recorder:
     """Only the first rank writes; the others' calls do nothing."""
 
-    def __init__(self, config: Config, asked: Config, tokenizer: Tokenizer, table: Table, start: int) -> None:
+    def __init__(self, config: Config, asked: Config, sets: Sets, table: Table, start: int) -> None:
         self.dir = Path(config.run.dir)
         self.first = groups.rank() == 0
         self._open = contextlib.ExitStack()
@@ -58,7 +58,9 @@ class Recorder:
         if self.first:
             open_values = dataclasses.replace(config, parallel=asked.parallel)
             (self.dir / "config.yaml").write_text(redact_uri(dump(open_values)), encoding="utf-8")
-            tokenizer.save(self.dir)  # pictures need no data set
+            sets.tokenizer.save(self.dir)  # pictures need no data set
+            if sets.autoencoder is not None:
+                sets.autoencoder.save(self.dir)
             _write_json(self.dir / "mup_table.json", rows(table))
             _write_json(self.dir / "environment.json", environment())
             self.metrics = self._open.enter_context(Metrics(self.dir / "metrics.jsonl", start, warn=_warn))

@@ -15,7 +15,7 @@ from mpdit.data.quarantine import FILE, Bad, Quarantine
 from mpdit.errors import CheckFailed
 from mpdit.parallel import groups
 from mpdit.sample import grid
-from mpdit.train import batches, checkpoint, checkpoints, guards, session, signals, snapshots
+from mpdit.train import batches, cached, checkpoint, checkpoints, guards, session, signals, snapshots
 from mpdit.train.checkpoint import Position
 from mpdit.train.control import Control
 from mpdit.train.guards import Judge, Verdict
@@ -280,6 +280,12 @@ class Run:
         prompts = list(config.sample.prompts) or [
             Reader(self.sets.val).next_good(int(i))[2] for i in batches.validation_samples(self.sets.val, _GRID_PROMPTS)
         ]
+        why_not = groups.decided_by_rank_0(
+            lambda: cached.cannot_draw(self.sets.autoencoder, self.sets.tokenizer, prompts)
+        )
+        if why_not:
+            self.recorder.report.say(f"step {done}  {why_not}")
+            return
         images = session.draw(self.run.network, config, prompts, self.sets.tokenizer)
         if self.recorder.first:
             path = self.recorder.dir / "samples" / f"step_{done:07d}.png"

@@ -17,7 +17,7 @@ from mpdit.parallel import accel, context, groups, init, optimizer, schedule, st
 from mpdit.parallel.context import Context
 from mpdit.parallel.stages import Crossing
 from mpdit.sample import draw as sampling
-from mpdit.train import batches
+from mpdit.train import batches, cached
 from mpdit.train.batches import Batch
 from mpdit.train.ema import EMA
 
@@ -111,16 +111,21 @@ def _question(inputs: Inputs) -> Batch:
 
 
 def draw(network: Network, config: Config, prompts: Sequence[str], tokenizer: Tokenizer) -> torch.Tensor:
-    """Images [N, C, H, W] in [-1, 1] with the network's present weights, on every rank; collective."""
+    """Images [N, C, H, W] in [-1, 1] with the network's present weights, on every rank; collective.
+
+    Raises InputError if ``data.latents`` names an autoencoder that is not there to decode them.
+    """
+    decode = cached.open_autoencoder(config).pictures if config.data.latents else None
     at_once = _PROMPTS_AT_ONCE * groups.data_size() * config.parallel.pp
     images = [
         sampling.draw(
             config,
             prompts[first : first + at_once],
-            lambda captions: torch.from_numpy(tokenizer.encode(captions, config.model.text_tokens)),
+            lambda captions: batches.encode(config, tokenizer, captions),
             network.predict,
             _question,
             first=first,
+            decode=decode,
         )
         for first in range(0, len(prompts), at_once)
     ]

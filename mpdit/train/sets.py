@@ -7,11 +7,12 @@ from typing import Self
 
 from mpdit.config import Config
 from mpdit.data import text
+from mpdit.data.latents import Autoencoder
 from mpdit.data.mixture import Mixture
 from mpdit.data.plan import Plan
 from mpdit.errors import InputError
 from mpdit.parallel import groups
-from mpdit.train import checkpoint
+from mpdit.train import cached, checkpoint
 from mpdit.train.checkpoint import Position
 
 
@@ -23,12 +24,18 @@ class Sets:
     val: Mixture
     tokenizer: text.Tokenizer
     plan: Plan
+    autoencoder: Autoencoder | None  # None: pixels
 
     @classmethod
     def open(cls, config: Config) -> Self:
         train, val = Mixture.open(config.data, "train"), Mixture.open(config.data, "val")
-        tokenizer = text.of_data_set(config.data.text, train.sets[0])
-        return cls(train=train, val=val, tokenizer=tokenizer, plan=train.plan(config))
+        return cls(
+            train=train,
+            val=val,
+            tokenizer=cached.tokenizer(config, train, val),
+            plan=train.plan(config),
+            autoencoder=cached.autoencoder(config, train),
+        )
 
     def start(self) -> Position:
         """Of a new run."""
@@ -48,6 +55,8 @@ def same_run(path: Path, config: Config, sets: Sets) -> Position:
     at = checkpoint.position(path, config)
     checkpoint.same_tokenizer(path, at, sets.tokenizer)
     checkpoint.same_averages(path, config)
+    if sets.autoencoder is not None:
+        sets.autoencoder.same_as_in(Path(config.run.dir))
     if at.plan_hash != sets.plan.hash:
         raise InputError(
             f"{path}: was trained with other data, train.batch_size or train.seed than the config has; set them back, "

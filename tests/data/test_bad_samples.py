@@ -174,7 +174,8 @@ def test_a_good_set_has_no_bad_samples(config: Config) -> None:
 
 def test_fixed_samples_give_their_place_to_the_next_good_one(damaged: Mixture) -> None:
     """3 to 5 are bad, 7 and 8, and 20."""
-    images, captions, bad = fixed(damaged, [0, 6, 7, 20, 3], (8, 8))
+    found = fixed(damaged, [0, 6, 7, 20, 3], (8, 8))
+    images, captions, bad = found.images, found.captions, found.bad
     read = [0, 6, 9, 21, 6]
     assert captions == [damaged.caption(sample) for sample in read]
     assert torch.equal(images, decode.decode([picture(sample) for sample in read], 8, 8))

@@ -158,7 +158,7 @@ def test_a_sentence_names_the_key_and_what_would_be_right(case: str) -> None:
 # What the two may differ in, one at a time; the tests above say when head_dim and depth may.
 FREE = {
     *("model.preset", "model.width", "model.vocab_size", "data.workers", "mup.base_width", "mup.base_depth"),
-    *("mup.base_batch_size", "mup.base_images"),
+    *("mup.base_batch_size", "mup.base_images", "model.text_dim", "data.cache"),
 }
 SECTIONS = ("model", "mup", "optim", "data", "objective")
 

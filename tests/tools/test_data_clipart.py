@@ -8,7 +8,7 @@ from data_sets import ar, build, dropped, manifest, pack_deb, picture, samples, 
 from PIL import Image
 
 from mpdit.errors import InputError
-from mpdit_tools.data import cache, clipart, deb
+from mpdit_tools.data import clipart, deb
 from mpdit_tools.data.clipart import Words, clip_caption, file_title, words_of
 from mpdit_tools.data.deb import Package, fetch, read_members
 from mpdit_tools.data.samples import Drop
@@ -69,7 +69,7 @@ def debs(tmp_path, monkeypatch):
     packages = {part: pack_deb(folder, names[part], members) for part, members in given.items()}
     monkeypatch.setattr(clipart, "PACKAGES", packages)
     monkeypatch.setattr(clipart, "SPIRALS", 4)
-    monkeypatch.setattr(cache.shutil, "which", lambda name: pytest.fail("apt-get was asked for"))
+    monkeypatch.setattr(packages.shutil, "which", lambda name: pytest.fail("apt-get was asked for"))
     return folder
 
 

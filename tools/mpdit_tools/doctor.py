@@ -200,6 +200,21 @@ def _icons(facts: Facts) -> list[Row]:
     return [resvg, Row(name="npm", found="not on PATH", verdict="limited", todo=todo)]
 
 
+def _pretrained() -> list[Row]:
+    """The libraries that run pretrained models: REPA's DINOv2, text encoders, autoencoders."""
+    uses = {
+        "transformers": ("text encoders (data.text minilm, t5, clip) and DINOv2", "pip install 'mpdit[encoders]'"),
+        "diffusers": ("autoencoders (data.latents)", "pip install 'mpdit[latents]'"),
+    }
+    rows = []
+    for name, (use, todo) in uses.items():
+        if installed(name):
+            rows.append(Row(name=name, found=f"{_version(name) or 'here'}, runs {use}"))
+        else:
+            rows.append(Row(name=name, found="absent", verdict="limited", todo=f"{use} need it: {todo}"))
+    return rows
+
+
 def _threads(facts: Facts) -> Row:
     mine, given = cores(), os.environ.get("OMP_NUM_THREADS")
     threads = (facts["torch"] or {}).get("threads")
@@ -249,6 +264,7 @@ def diagnose(facts: Facts) -> list[Row]:
         ("MLflow", lambda: [_mlflow()]),
         ("packages", lambda: _packages(facts)),
         ("icons", lambda: _icons(facts)),
+        ("pretrained models", _pretrained),
         ("cores", lambda: [_threads(facts)]),
         ("space", _space),
     ]

@@ -13,7 +13,8 @@ import tyro
 
 from mpdit import config as configs
 from mpdit.config import Config, Parallel
-from mpdit.data import text
+from mpdit.data import encoders, text
+from mpdit.data.encoders import Encoder
 from mpdit.data.shards import Shards
 from mpdit.errors import InputError
 from mpdit.mup import rules
@@ -65,8 +66,14 @@ def main(argv: list[str]) -> int:
 
 
 def with_vocabulary(config: Config) -> tuple[Config, str]:
-    """`config` with a vocab_size, and a sentence if that is a guess: it changes shapes, but no rule."""
+    """`config` with a vocab_size or the text encoder's features, and a sentence if that is a guess.
+
+    A vocabulary changes shapes, but no rule. Raises InputError if an encoder is not there to say its features.
+    """
     model, folder = config.model, Path(config.data.path)
+    if config.data.text in encoders.KINDS and model.arch != "dit":
+        features = model.text_dim or Encoder.open(config.data.text, config.data.text_model).text_dim
+        return dataclasses.replace(config, model=dataclasses.replace(model, text_dim=features)), ""
     if model.vocab_size or (model.text_dim and model.arch != "dit"):
         return config, ""
     size, note = 1, ""
@@ -98,7 +105,7 @@ def tables(given: Sequence[tuple[Path | str, Config]]) -> list[Table]:
 
 
 def check(config: Config, path: Path | str) -> None:
-    """Refuse the numbers and shapes that training refuses; but latents and text features have a table, too.
+    """Refuse the numbers and shapes that training refuses; but neither autoencoder nor text encoder has to be there.
 
     Raises InputError with `path` in front.
     """

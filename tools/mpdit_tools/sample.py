@@ -58,13 +58,16 @@ def main(argv: list[str]) -> int:
 
     accel.enter()
     from mpdit.parallel import groups
-    from mpdit.train import preflight
+    from mpdit.train import cached, preflight
 
     preflight.layout(config, groups.world_size())
     groups.start(config.parallel, config.train.seed)
     path, at = groups.decided_by_rank_0(lambda: choose(arguments, config))
-    tokenizer = text.of_run(config.data.text, arguments.run, at.tokenizer_sha256)
-    tokenizer.encode(prompts, config.model.text_tokens)  # no class: told before weights are read
+    tokenizer = text.of_run(config.data.text, arguments.run, at.tokenizer_sha256, config.data.text_model)
+    if not tokenizer.text_dim:
+        tokenizer.text(prompts, config.model.text_tokens)  # no class: told before weights are read
+    if config.data.latents:
+        cached.open_autoencoder(config).same_as_in(arguments.run)
     out = arguments.out or arguments.run / "samples" / f"{path.name}-{arguments.prompts.stem}"
     draw_to(config, tokenizer, path, prompts, out, ema=arguments.ema and arguments.weights is None)
     if groups.rank() == 0:

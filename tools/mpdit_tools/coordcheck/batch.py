@@ -1,5 +1,7 @@
 """The one batch that every run of a check trains on: made up, or the first of a data set."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,35 +9,52 @@ from torch import Tensor
 from mpdit.config import Config
 from mpdit.data.decode import decode
 from mpdit.parallel import accel, groups
-from mpdit.train import batches
+from mpdit.train import batches, views
 from mpdit.train.batches import Batch
 from mpdit.train.sets import Sets
+
+_WORDS = 64  # different made-up tokens of a text encoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Samples:
+    """What noise is added to, the text, and REPA's features of the pictures."""
+
+    clean_BCHW: Tensor
+    text_BL: Tensor  # ids, or features [B, L, F]
+    pooled_BP: Tensor | None = None
+    features_SBF: Tensor | None = None
 
 
 def fixed_batch(config: Config, *, from_data: bool) -> list[Batch]:
     """This rank's micro-batches of ``train.batch_size`` images, the same images in every layout and at every width."""
     size, total = config.parallel.micro_batch, config.train.batch_size
     share = total // groups.data_size()
-    images_BCHW, text_BL = _first_of_data(config) if from_data else _made_up(config)
+    samples = _first_of_data(config) if from_data else _made_up(config)
     starts = range(groups.data_rank() * share, (groups.data_rank() + 1) * share, size)
-    ids, teacher, found = np.arange(total), batches.own_teacher(config), []
+    ids, device, found = np.arange(total), accel.device(), []
     for start in starts:
         part = slice(start, start + size)
-        clean_BCHW, text = images_BCHW[part].to(accel.device()), text_BL[part].to(accel.device())
-        batch = batches.noised_batch(config, clean_BCHW, text, ids[part], np.zeros(size, np.int64))
-        found.append(batch if teacher is None else batches.with_features(batch, teacher, clean_BCHW))
+        clean_BCHW, text_BL = samples.clean_BCHW[part].to(device), samples.text_BL[part].to(device)
+        pooled_BP = None if samples.pooled_BP is None else samples.pooled_BP[part].to(device)
+        batch = batches.noised_batch(config, clean_BCHW, text_BL, ids[part], np.zeros(size, np.int64), pooled_BP)
+        features = samples.features_SBF
+        found.append(batch if features is None else batches.with_features(batch, features[:, part]))
     return found
 
 
-def _made_up(config: Config) -> tuple[Tensor, Tensor]:
-    """Bright spots whose place depends on the text, on a dark ground [B, C, H, W]; token ids [B, L] of many lengths.
+def _made_up(config: Config) -> _Samples:
+    """Bright spots whose place depends on the text, on a dark ground [B, C, H, W]; tokens [B, L] of many lengths.
 
     Like digits or icons, and unlike noise, the images have much in common: where gradients of a batch agree, what an
     update adds up to follows its limit at widths of a few dozen already.
     """
     model, total = config.model, config.train.batch_size
     generator = torch.Generator().manual_seed(1)
-    text_BL = torch.randint(1, model.vocab_size, (total, model.text_tokens), generator=generator)
+    of_encoder = model.text_dim and model.arch != "dit"
+    text_BL = torch.randint(
+        1, _WORDS if of_encoder else model.vocab_size, (total, model.text_tokens), generator=generator
+    )
     if model.text_tokens > 1:
         length_B = torch.randint(1, model.text_tokens + 1, (total,), generator=generator)
         text_BL[torch.arange(model.text_tokens) >= length_B[:, None]] = 0
@@ -43,13 +62,30 @@ def _made_up(config: Config) -> tuple[Tensor, Tensor]:
     angle_B = text_BL[:, 0, None, None] * 2.4
     distance_BHW = (x - angle_B.cos() / 2).square() + (y - angle_B.sin() / 2).square()
     bright_BC = torch.rand(total, model.channels, 1, 1, generator=generator)
-    return 2 * bright_BC * torch.exp(-8 * distance_BHW)[:, None] - 1, text_BL
+    clean_BCHW = 2 * bright_BC * torch.exp(-8 * distance_BHW)[:, None] - 1
+    teacher, words = views.own_teacher(config), None
+    if of_encoder:
+        words = torch.randn(_WORDS, model.text_dim, generator=generator).index_fill(0, torch.tensor(0), 0.0)
+    return _Samples(
+        clean_BCHW=clean_BCHW,
+        text_BL=text_BL if words is None else words[text_BL],
+        pooled_BP=torch.randn(total, model.pooled_dim, generator=generator) if model.pooled_dim else None,
+        features_SBF=None if teacher is None else teacher.features(clean_BCHW.to(accel.device())),
+    )
 
 
-def _first_of_data(config: Config) -> tuple[Tensor, Tensor]:
+def _first_of_data(config: Config) -> _Samples:
     """The first batch of the plan of ``data.path``."""
-    sets, model = Sets.open(config), config.model
-    ids = sets.plan.batch(0).sample_ids
+    sets = Sets.open(config)
+    seen, ids = views.Views(config, sets.train), sets.plan.batch(0).sample_ids
     encoded, captions = zip(*(sets.train.read(int(i)) for i in ids), strict=True)
-    images_BCHW = decode(encoded, model.image_size, model.image_size, channels=model.channels)
-    return images_BCHW, torch.from_numpy(sets.tokenizer.encode(captions, model.text_tokens))
+    side = config.model.image_size * seen.factor
+    images_BCYX = decode(encoded, side, side, channels=seen.channels)
+    visits, flipped = np.zeros_like(ids), np.zeros(len(ids), bool)
+    text_BL, pooled_BP = batches.encode(config, sets.tokenizer, captions)
+    return _Samples(
+        clean_BCHW=seen.clean(images_BCYX, ids, ids, visits, flipped),
+        text_BL=text_BL,
+        pooled_BP=pooled_BP,
+        features_SBF=seen.features(images_BCYX, ids, flipped) if seen.teaches else None,
+    )

@@ -62,7 +62,7 @@ class Icons(Common):
 
     def source(self) -> "Source":
         from mpdit_tools.data import icons
-        from mpdit_tools.data.cache import default_cache
+        from mpdit_tools.data.packages import default_cache
 
         return icons.Icons(
             size=self.size,
@@ -131,7 +131,7 @@ class Digits(Common):
 
     def source(self) -> "Source":
         from mpdit_tools.data import digits
-        from mpdit_tools.data.cache import default_cache
+        from mpdit_tools.data.packages import default_cache
 
         cache = self.cache or default_cache("npm")
         return digits.Digits(size=self.size, seed=self.seed, cache=cache, package=digits.PACKAGE)
@@ -161,7 +161,7 @@ class Clipart(Common):
 
     def source(self) -> "Source":
         from mpdit_tools.data import clipart
-        from mpdit_tools.data.cache import default_cache
+        from mpdit_tools.data.packages import default_cache
 
         shape = _shape(self.size, self.min_side, self.aspect)
         cache = self.cache or default_cache("deb")
@@ -169,7 +169,10 @@ class Clipart(Common):
 
 
 # command: what it does. More commands of ``mpdit data`` go here.
-COMMANDS = {"build": "build shards for training: webdataset tars, DALI indices, a tokenizer and a manifest"}
+COMMANDS = {
+    "build": "build shards for training: webdataset tars, DALI indices, a tokenizer and a manifest",
+    "cache": "compute latents, text states and REPA features of a config's data once, before training",
+}
 
 USAGE = "\n".join(
     [
@@ -187,6 +190,10 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         raise InputError(f"mpdit data: no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}.")
+    if argv[0] == "cache":
+        from mpdit_tools.data import cache
+
+        return cache.main(argv[1:])
     chosen = tyro.cli(
         Annotated[Icons, tyro.conf.subcommand("icons")]
         | Annotated[Folder, tyro.conf.subcommand("folder")]

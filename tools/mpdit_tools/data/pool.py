@@ -29,10 +29,10 @@ def render_all(jobs: Sequence[Job], *, workers: int) -> Generator[Sample | Drop,
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     pool = concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(stop,)
+        workers, mp_context=context, initializer=start_worker, initargs=(stop,)
     )
     try:
-        with _interrupts_held_back():
+        with interrupts_held_back():
             results = pool.map(_render, jobs, chunksize=CHUNK)
         yield from results
     except BrokenProcessPool as error:
@@ -45,7 +45,7 @@ def render_all(jobs: Sequence[Job], *, workers: int) -> Generator[Sample | Drop,
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def interrupts_held_back() -> Iterator[None]:
     # Ctrl-C reaches the whole process group. Workers started here never see it; the parent does, a moment later.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -57,7 +57,7 @@ def _interrupts_held_back() -> Iterator[None]:
 _stop: Event | None = None  # in a worker: set when the parent wants no more results
 
 
-def _start_worker(stop: Event) -> None:
+def start_worker(stop: Event) -> None:
     global _stop
     _stop = stop
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -26,6 +26,7 @@ class Progressing:
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._what, self._last = "", 0.0
+        self._began, self._there = 0.0, 0  # of what is being done: when, and how much of it was done before
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -53,10 +54,17 @@ class Progressing:
             self._bar.update(self._task, description=what, completed=done, total=total or None)
             return
         now = time.monotonic()
+        if what != self._what:
+            self._began, self._there = now, done
         if what != self._what or now - self._last >= EVERY or (total and done == total):
             self._what, self._last = what, now
             count = f" {done}/{total}" if total else ""
-            self._console.print(f"{what}{count}", highlight=False, soft_wrap=True)
+            self._console.print(f"{what}{count}{self._left(now, done, total)}", highlight=False, soft_wrap=True)
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        if not self._there < done < total:
+            return ""
+        return f", {(now - self._began) / (done - self._there) * (total - done):.0f} s left"
 
 
 def show(result: "Result", out: str, *, as_json: bool) -> None:

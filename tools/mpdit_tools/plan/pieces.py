@@ -129,8 +129,10 @@ def _batch(config: Config, mode: Any, image: Size) -> Batch:
         images_BCHW = torch.zeros(size, model.channels, *image)
         text = torch.zeros((size, model.text_tokens), dtype=torch.long)
         if model.text_dim and model.arch != "dit":
-            text = torch.zeros(size, model.text_tokens, model.text_dim)
-        real = batches.noised_batch(config, images_BCHW, text, np.arange(size), np.zeros(size, dtype=np.int64))
+            text = torch.zeros(size, model.text_tokens, model.text_dim, dtype=torch.float16)  # as encoders give it
+        pooled_BP = torch.zeros(size, model.pooled_dim, dtype=torch.float16) if model.pooled_dim else None
+        ids, visits = np.arange(size), np.zeros(size, dtype=np.int64)
+        real = batches.noised_batch(config, images_BCHW, text, ids, visits, pooled_BP)
     assert real.inputs is not None
     assert real.target_SBP is not None
     teacher_SBF = None
@@ -143,6 +145,7 @@ def _batch(config: Config, mode: Any, image: Size) -> Batch:
             image_BCHW=mode.from_tensor(real.inputs.image_BCHW),
             time_B=mode.from_tensor(real.inputs.time_B),
             text_BL=mode.from_tensor(real.inputs.text_BL),
+            pooled_BP=None if pooled_BP is None else mode.from_tensor(pooled_BP),
             teacher_SBF=teacher_SBF,
         ),
         target_SBP={name: mode.from_tensor(x) for name, x in real.target_SBP.items()},

@@ -34,7 +34,7 @@ def load(given: str, overrides: tuple[str, ...]) -> Config:
 def of(config: Config, gpus: int, machine: Machine) -> "tuple[Estimate, Config]":
     """The plan of `config` on `gpus` (0: one copy of the model), and the config with its open values resolved.
 
-    Raises InputError as training would, but for what this version can't train: latents and text features are planned.
+    Raises InputError as training would, but needs neither autoencoder nor text encoder to be there.
     """
     from mpdit_tools.plan import estimate, pieces
 

@@ -71,7 +71,7 @@ def _pair(arguments: Arguments, proxy: Config, config: Config) -> Pair:
 
 
 def _trainable(name: str, config: Config, ranks: int) -> str:
-    """A sentence if this version can't train such a model. Raises InputError if no version could, as it is set."""
+    """A sentence if the config lacks latents or text that it needs. Raises InputError if it could not be trained so."""
     from mpdit.train import preflight
 
     pixels = dataclasses.replace(config, model=dataclasses.replace(config.model, channels=3, text_dim=0))
@@ -82,7 +82,7 @@ def _trainable(name: str, config: Config, ranks: int) -> str:
     try:
         preflight.without_data(config, ranks)
     except InputError as error:
-        return f"config.yaml can't be trained by this version: {error}"
+        return f"config.yaml can't be trained as it is: {error}"
     return ""
 
 
