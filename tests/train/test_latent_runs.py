@@ -206,13 +206,13 @@ def whole_run(rank: int, world: int, config: Config) -> str:
 @pytest.mark.dist
 def test_no_picture_is_decoded_and_no_weight_read(cached: Config) -> None:
     def untouched(rank: int, world: int, config: Config) -> None:
-        from mpdit.data import decode, encoders, latents
+        from mpdit.data import encoders, latents, loader
         from mpdit.objective import repa
 
         def never(*arguments: Any, **options: Any) -> None:
             raise AssertionError("not in the cache")
 
-        decode.Loader.__init__ = never
+        loader.Loader.__init__ = never
         encoders.Encoder.text = latents.Autoencoder.moments = repa.Teacher.open = never
         from mpdit.parallel import groups
         from mpdit.train import batches, loop, preflight
