@@ -11,13 +11,13 @@ from data_sets import build, manifest, pack, samples, tree
 from PIL import Image
 
 from mpdit.errors import InputError
-from mpdit_tools.data import cache
 from mpdit_tools.data import icons as icons_module
+from mpdit_tools.data import packages
 from mpdit_tools.data.build import Options
 from mpdit_tools.data.build import build as build_source
-from mpdit_tools.data.cache import default_cache
 from mpdit_tools.data.icons import CATALOGUE, Catalogue, Icons, Style
 from mpdit_tools.data.npm import Package, fetch
+from mpdit_tools.data.packages import default_cache
 
 COLOURS = {"red": "#f00", "green": "#0f0", "blue": "#00f"}
 TONES = ("light", "dark")
@@ -106,7 +106,7 @@ def catalogue(tmp_path) -> Catalogue:
 def run(tmp_path, catalogue, monkeypatch):
     """Builds the hand-made icons through the command line."""
     monkeypatch.setattr(icons_module, "CATALOGUE", catalogue)
-    monkeypatch.setattr(cache.shutil, "which", lambda name: pytest.fail("npm was asked for"))
+    monkeypatch.setattr(packages.shutil, "which", lambda name: pytest.fail("npm was asked for"))
     return lambda out, *arguments: build("icons", "--out", out, "--cache", tmp_path / "cache", *arguments)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO
 
 from mpdit.errors import InputError
-from mpdit_tools.data.cache import fetched, sha256_of
 from mpdit_tools.data.captions import is_outside
 from mpdit_tools.data.images import FILE_BYTES
+from mpdit_tools.data.packages import fetched, sha256_of
 from mpdit_tools.data.samples import Drop
 from mpdit_tools.data.tars import NOT_PLAIN, UNSAFE, members
 

@@ -62,7 +62,7 @@ class Icons(Common):
 
     def source(self) -> "Source":
         from mpdit_tools.data import icons
-        from mpdit_tools.data.cache import default_cache
+        from mpdit_tools.data.packages import default_cache
 
         return icons.Icons(
             size=self.size,
@@ -131,7 +131,7 @@ class Digits(Common):
 
     def source(self) -> "Source":
         from mpdit_tools.data import digits
-        from mpdit_tools.data.cache import default_cache
+        from mpdit_tools.data.packages import default_cache
 
         cache = self.cache or default_cache("npm")
         return digits.Digits(size=self.size, seed=self.seed, cache=cache, package=digits.PACKAGE)
@@ -161,7 +161,7 @@ class Clipart(Common):
 
     def source(self) -> "Source":
         from mpdit_tools.data import clipart
-        from mpdit_tools.data.cache import default_cache
+        from mpdit_tools.data.packages import default_cache
 
         shape = _shape(self.size, self.min_side, self.aspect)
         cache = self.cache or default_cache("deb")

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from mpdit_tools.data.cache import fetched
+from mpdit_tools.data.packages import fetched
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
