@@ -8,7 +8,7 @@ from data_sets import ar, build, dropped, manifest, pack_deb, picture, samples, 
 from PIL import Image
 
 from mpdit.errors import InputError
-from mpdit_tools.data import clipart, deb
+from mpdit_tools.data import clipart, deb, packages
 from mpdit_tools.data.clipart import Words, clip_caption, file_title, words_of
 from mpdit_tools.data.deb import Package, fetch, read_members
 from mpdit_tools.data.samples import Drop
@@ -66,8 +66,8 @@ def debs(tmp_path, monkeypatch):
     ]
     given = {"pictures": pictures, "words": words, "stamps": stamps}
     names = {part: package.name for part, package in clipart.PACKAGES.items()}
-    packages = {part: pack_deb(folder, names[part], members) for part, members in given.items()}
-    monkeypatch.setattr(clipart, "PACKAGES", packages)
+    packed = {part: pack_deb(folder, names[part], members) for part, members in given.items()}
+    monkeypatch.setattr(clipart, "PACKAGES", packed)
     monkeypatch.setattr(clipart, "SPIRALS", 4)
     monkeypatch.setattr(packages.shutil, "which", lambda name: pytest.fail("apt-get was asked for"))
     return folder

@@ -1,4 +1,4 @@
-"""Captioned clip art out of Debian packages: some 6,000 pictures of every ratio of width to height.
+"""Captioned clip art out of Debian packages: some 6,400 pictures of every ratio of width to height.
 
 openclipart-png has the pictures, openclipart-svg says in RDF what is on them, tuxpaint-stamps-default has pictures and
 a sentence about each.

@@ -139,7 +139,7 @@ class Digits(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clipart(Common):
-    """Captioned clip art out of Debian packages (317 MB, fetched once): some 7,000 pictures, each in its own shape.
+    """Captioned clip art out of Debian packages (317 MB, fetched once): some 6,400 pictures, each in its own shape.
 
     The packages come by the machine's apt-get, or from a folder where they are; nothing is installed and nothing of
     them is run. The captions read "clip art of 2 dead frogs, swamp, animal".
