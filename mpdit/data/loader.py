@@ -17,7 +17,7 @@ from mpdit.data.mixture import Mixture
 from mpdit.data.plan import ROW_ATTEMPTS, Batch, Plan
 from mpdit.data.quarantine import Bad
 from mpdit.data.shards import BadSample, Shards
-from mpdit.errors import CheckFailed, InputError
+from mpdit.errors import InputError
 
 Mirror = Callable[[np.ndarray, np.ndarray], np.ndarray]  # sample ids, visits, both int64 (B,) -> bool (B,)
 
@@ -90,7 +90,7 @@ class Loader:
         self._decoder = self._start()
 
     def next(self) -> MicroBatch:
-        """The next micro-batch. Raises CheckFailed when a bad sample finds no good one to stand in for it."""
+        """The next micro-batch. Raises InputError when a bad sample finds no good one to stand in for it."""
         if os.getpid() != self._pid:
             raise RuntimeError("this loader was built in another process; its threads did not survive the fork")
         while True:
@@ -158,7 +158,7 @@ class Loader:
             other = self._plan.stand_in(bucket, sample, visit, attempt)
             if (found := self._reader.read(other)) is not None:
                 return other, *found
-        raise CheckFailed(self._reader.despair(sample, f"none of {2 * ROW_ATTEMPTS} others"))
+        raise self._reader.despair(sample, f"none of {2 * ROW_ATTEMPTS} others")
 
     def _set_aside(self) -> bool:
         """Find the images that made DALI give up, and feed it once more, without them; False if every image is fine."""
@@ -184,7 +184,7 @@ def fixed(
     """Images and captions of certain samples, as :class:`Loader` decodes them, and the bad ones that were met.
 
     In the place of a bad sample comes the next good one of the set: the same whenever and wherever it is asked.
-    Raises CheckFailed when there is none.
+    Raises InputError when there is none.
     """
     reader = Reader(shards)
     while True:
@@ -227,7 +227,7 @@ class Reader:
         for other in itertools.chain(range(sample, len(self._shards)), range(sample)):
             if (found := self.read(other)) is not None:
                 return other, *found
-        raise CheckFailed(self.despair(sample, "no other"))
+        raise self.despair(sample, "no other")
 
     def set_aside(self, samples: Iterable[int], channels: int, device: torch.device | str | None) -> bool:
         """Whether any of these samples is bad, or can't be decoded and from now on is."""
@@ -243,12 +243,12 @@ class Reader:
         told, self._untold = self._untold, []
         return told
 
-    def despair(self, sample: int, others: str) -> str:
+    def despair(self, sample: int, others: str) -> InputError:
         """The sentence for a bad sample that nothing can stand in for."""
         bad = self._bad[sample]
-        return (
+        return InputError(
             f"{bad.where}: sample {sample} can't be used ({bad.reason}), and {others} can stand in for it; "
-            f"{len(self._bad)} bad samples were met. Repair the data set."
+            f"{len(self._bad)} bad samples were met. Copy the tars again or build the data set again."
         )
 
     def _note(self, sample: int, where: str, reason: str) -> None:

@@ -91,8 +91,8 @@ def check(data: Data) -> None:
     sets = 1 + len(data.more)
     if data.weights and len(data.weights) != sets:
         raise InputError(
-            f"data.weights has {len(data.weights)} numbers, but data.path and data.more are {sets} data sets; "
-            "it should have one for each, or be empty."
+            f"data.weights has {len(data.weights)} numbers, but should have {sets}, one for data.path and each of "
+            "data.more, or none."
         )
     for number, weight in enumerate(data.weights):
         if not (weight > 0 and math.isfinite(weight)):

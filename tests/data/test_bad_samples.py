@@ -12,9 +12,9 @@ import tiny
 from data.make_shards import make_shards, pixels, png, reseal
 from mpdit.config import Config
 from mpdit.data import decode
-from mpdit.data.loader import Loader, MicroBatch
+from mpdit.data.loader import Loader, MicroBatch, fixed
 from mpdit.data.mixture import Mixture
-from mpdit.errors import CheckFailed
+from mpdit.errors import InputError
 
 SAMPLES, STEPS, BATCH = 24, 6, 12
 SHAPES = ((16, 16), (12, 24))
@@ -172,6 +172,15 @@ def test_a_good_set_has_no_bad_samples(config: Config) -> None:
     assert take(config, opened(Path(config.data.path)))[1] == {}
 
 
+def test_fixed_samples_give_their_place_to_the_next_good_one(damaged: Mixture) -> None:
+    """3 to 5 are bad, 7 and 8, and 20."""
+    images, captions, bad = fixed(damaged, [0, 6, 7, 20, 3], (8, 8))
+    read = [0, 6, 9, 21, 6]
+    assert captions == [damaged.caption(sample) for sample in read]
+    assert torch.equal(images, decode.decode([picture(sample) for sample in read], 8, 8))
+    assert {one.sample: one.reason for one in bad} == {sample: REASONS[sample] for sample in (3, 4, 5, 7, 8, 20)}
+
+
 def test_a_row_that_is_all_bad_takes_from_the_others(tmp_path: Path, config: Config) -> None:
     """Of the wide shape there is one sample, and it is junk."""
     folder = make_shards(tmp_path / "set", counts=(9,), image=lambda sample: picture(2 * sample))
@@ -192,7 +201,7 @@ def test_a_row_that_is_all_bad_takes_from_the_others(tmp_path: Path, config: Con
 def test_a_set_that_is_all_bad_ends_in_a_sentence(tmp_path: Path, config: Config, junk: bytes) -> None:
     mixture = opened(make_shards(tmp_path / "set", counts=(4,), image=lambda sample: junk))
     with (
-        pytest.raises(CheckFailed, match=r"tar: 0000000\d.png: sample \d can't be used .* 4 bad samples were met"),
+        pytest.raises(InputError, match=r"tar: 0000000\d.png: sample \d can't be used .* 4 bad samples were met"),
         Loader(mixture, mixture.plan(config), micro_batch=BATCH) as loader,
     ):
         loader.next()

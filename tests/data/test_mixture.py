@@ -106,7 +106,7 @@ def test_mixed_batches_have_one_shape_and_their_own_pictures(folders: list[Path]
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ((1.0,), "data.weights has 1 numbers, but data.path and data.more are 2 data sets"),
+        ((1.0,), r"data.weights has 1 numbers, but should have 2, one for data.path"),
         ((1.0, 0.0), r"data.weights\[1\] is 0.0, but should be more than 0"),
         ((-1.0, 1.0), r"data.weights\[0\] is -1.0"),
         ((1.0, float("inf")), r"data.weights\[1\] is inf"),

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -18,8 +17,7 @@ import yaml
 import ranks
 import tiny
 from data.make_shards import reseal
-from mpdit.data.plan import Plan
-from mpdit.data.shards import Shards
+from mpdit.data.mixture import Mixture
 
 OVERRIDES = ["train.steps=5", "optim.warmup_steps=1", "train.val_images=1"]
 
@@ -38,10 +36,7 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def yaml_file(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tree: dict[str, Any] = {**tiny.BASE, "data": {"path": str(tiny_set)}}
-    path = tmp_path_factory.mktemp("commands") / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return yaml_of(tiny_set, tmp_path_factory.mktemp("commands"))
 
 
 @pytest.mark.dist
@@ -97,22 +92,16 @@ def train_command(rank: int, world: int, words: list[str]) -> tuple[int, str]:
 
 
 @pytest.mark.dist
-def test_an_image_that_one_rank_alone_reads_is_told_by_that_rank(
-    yaml_file: Path, tiny_set: Path, tmp_path: Path
-) -> None:
-    """The other rank waits for it in vain: what counts is that the sentence is not lost."""
-    data = tmp_path / "damaged"
-    shutil.copytree(tiny_set, data)
-    plan = Plan(samples=55, batch_size=8, seed=3, fingerprint=Shards.open(tiny_set, "train").fingerprint)
-    victim = int(plan.batch(0).sample_ids[-1])  # of the second data rank's share
-    shards = Shards.open(data, "train")
+def test_what_one_rank_alone_reads_is_told_by_that_rank(labelled_set: Path, tmp_path: Path) -> None:
+    """A caption that is no class. The other rank waits for it in vain: what counts is that the sentence is not lost."""
+    data = copied(labelled_set, tmp_path)
+    offset, size = second_rank_s(data, column=2)
     with (data / "train-00000.tar").open("r+b") as tar:
-        offset, size = shards._span(victim)[:2]
         tar.seek(offset)
         tar.write(b"x" * size)
     reseal(data)
-    words = [str(yaml_file), f"data.path={data}", f"run.dir={tmp_path / 'run'}"]
-    world = ranks.start(2, train_command, timeout_s=60, words=words)
+    words = [f"data.path={data}", "data.text=labels", "model.text_tokens=1", f"run.dir={tmp_path / 'run'}"]
+    world = ranks.start(2, train_command, timeout_s=60, words=[str(yaml_of(data, tmp_path)), *words])
     try:
         done = world.folder / "1.done"
         while not done.exists():
@@ -123,4 +112,44 @@ def test_an_image_that_one_rank_alone_reads_is_told_by_that_rank(
         world.close()
     assert (kind, code) == ("value", 2)
     assert said.startswith("mpdit: rank 1: ")
-    assert f"the image of sample {victim} is damaged" in said
+    assert "x" * (size - 1) in said
+
+
+@pytest.mark.dist
+def test_a_bad_image_takes_no_batch_down(tiny_set: Path, tmp_path: Path) -> None:
+    """Though one rank of two alone reads it; the losses are those of one process."""
+    data = copied(tiny_set, tmp_path)
+    offset, size = second_rank_s(data, column=0)
+    with (data / "train-00000.tar").open("r+b") as tar:
+        tar.seek(offset)
+        tar.write(b"x" * size)
+    yaml_file, rows = yaml_of(data, tmp_path), []
+    for name, world in (("one", 1), ("two", 2)):
+        run_dir = tmp_path / name
+        said = ranks.run(world, train_command, words=[str(yaml_file), *OVERRIDES, f"run.dir={run_dir}"])
+        assert said == [(0, "")] * world
+        rows.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
+    one, two = rows
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+    assert [row["samples"] for row in two] == [row["samples"] for row in one]
+
+
+def copied(data: Path, tmp_path: Path) -> Path:
+    shutil.copytree(data, tmp_path / "damaged")
+    return tmp_path / "damaged"
+
+
+def second_rank_s(data: Path, *, column: int) -> tuple[int, int]:
+    """Of a sample that the second of two data ranks reads in the first step: offset and size of image (0) or caption
+    (2) in the tar."""
+    config = tiny.config(data)
+    train = Mixture.open(config.data, "train")
+    victim = int(train.plan(config).batch(0).sample_ids[-1])
+    offset, size = train.sets[0]._span(victim)[column : column + 2]
+    return offset, size
+
+
+def yaml_of(data: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**tiny.BASE, "data": {"path": str(data)}}))
+    return path
