@@ -10,7 +10,7 @@ from mpdit.errors import CheckFailed, InputError
 # command: (module:function, what it does). function(argv) -> exit code.
 COMMANDS = {
     "doctor": ("mpdit_tools.doctor:main", "what this machine can run, and what to do about the rest"),
-    "data":   ("mpdit_tools.data.main:main", "build image-text shards: icons, digits, or a folder of your own"),
+    "data":   ("mpdit_tools.data.main:main", "build image-text shards: icons, digits, clip art or your own folder"),
     "coordcheck": ("mpdit_tools.coordcheck.main:main", "does muP hold? slopes over widths, in any layout"),
     "sweep":  ("mpdit_tools.sweep.main:main", "tune base hyperparameters on the proxy; killed searches go on"),
     "transfer": ("mpdit_tools.transfer.main:main", "a tuned proxy's values -> a launch folder for a large model"),

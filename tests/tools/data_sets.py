@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mpdit.cli import main
+from mpdit_tools.data import deb
 from mpdit_tools.data.npm import Package
 
 
@@ -63,6 +64,29 @@ def pack(folder: Path, name: str, files: dict[str, object]) -> Package:
     package = Package(name=name, version="1.0.0", sha256=hashlib.sha256(data.getvalue()).hexdigest())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / package.tarball).write_bytes(data.getvalue())
+    return package
+
+
+def ar(members: list[tuple[str, bytes]]) -> bytes:
+    """An archive as ``ar`` writes it."""
+    heads = [f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() for name, data in members]
+    pads = [b"\n" * (len(data) % 2) for _, data in members]
+    return b"!<arch>\n" + b"".join(h + data + pad for h, (_, data), pad in zip(heads, members, pads, strict=True))
+
+
+def pack_deb(folder: Path, name: str, members: list[tarfile.TarInfo | tuple[str, bytes]]) -> deb.Package:
+    """Writes a Debian package into ``folder``; what is not a pair of name and data goes in as it is."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz", preset=0) as archive:
+        for member in members:
+            info = tarfile.TarInfo(f"./{member[0]}") if isinstance(member, tuple) else member
+            content = member[1] if isinstance(member, tuple) else b""
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    whole = ar([("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data.getvalue())])
+    package = deb.Package(name=name, version="1:2.0-1", sha256=hashlib.sha256(whole).hexdigest())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / package.deb).write_bytes(whole)
     return package
 
 

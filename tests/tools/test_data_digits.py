@@ -11,7 +11,7 @@ from PIL import Image
 
 from mpdit.data import text
 from mpdit.data.shards import Shards
-from mpdit_tools.data import digits, npm
+from mpdit_tools.data import digits, packages
 
 EACH = 12  # pictures of a digit in the hand-made package
 
@@ -33,7 +33,7 @@ def run(tmp_path, monkeypatch):
     }
     package = pack(tmp_path / "cache", "mnist", files | {"dist/mnist.js": "no JSON"})
     monkeypatch.setattr(digits, "PACKAGE", package)
-    monkeypatch.setattr(npm.shutil, "which", lambda name: pytest.fail("npm was asked for"))
+    monkeypatch.setattr(packages.shutil, "which", lambda name: pytest.fail("npm was asked for"))
     return lambda out, *arguments: build("digits", "--out", out, "--cache", tmp_path / "cache", *arguments)
 
 

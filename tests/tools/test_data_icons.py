@@ -12,11 +12,12 @@ from PIL import Image
 
 from mpdit.errors import InputError
 from mpdit_tools.data import icons as icons_module
-from mpdit_tools.data import npm
+from mpdit_tools.data import packages
 from mpdit_tools.data.build import Options
 from mpdit_tools.data.build import build as build_source
 from mpdit_tools.data.icons import CATALOGUE, Catalogue, Icons, Style
 from mpdit_tools.data.npm import Package, fetch
+from mpdit_tools.data.packages import default_cache
 
 COLOURS = {"red": "#f00", "green": "#0f0", "blue": "#00f"}
 TONES = ("light", "dark")
@@ -105,7 +106,7 @@ def catalogue(tmp_path) -> Catalogue:
 def run(tmp_path, catalogue, monkeypatch):
     """Builds the hand-made icons through the command line."""
     monkeypatch.setattr(icons_module, "CATALOGUE", catalogue)
-    monkeypatch.setattr(npm.shutil, "which", lambda name: pytest.fail("npm was asked for"))
+    monkeypatch.setattr(packages.shutil, "which", lambda name: pytest.fail("npm was asked for"))
     return lambda out, *arguments: build("icons", "--out", out, "--cache", tmp_path / "cache", *arguments)
 
 
@@ -273,7 +274,7 @@ def test_another_tarball_than_the_pinned_one_is_refused(tmp_path, fake_npm):
     package = pack(tmp_path / "registry", "@sets/first", iconify())
     fake_npm(f"cp {tmp_path}/registry/*.tgz .")
     wrong = dataclasses.replace(package, sha256="0" * 64)
-    with pytest.raises(InputError, match=r"@sets/first@1\.0\.0: npm sent a tarball with sha256"):
+    with pytest.raises(InputError, match=r"@sets/first@1\.0\.0: npm brought a file with sha256"):
         fetch(wrong, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
@@ -290,10 +291,10 @@ def test_npm_failing_or_missing_gets_a_sentence(tmp_path, fake_npm, monkeypatch)
 
 def test_the_cache_is_where_the_system_keeps_caches(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert npm.default_cache() == Path("/somewhere/mpdit/npm")
+    assert default_cache("npm") == Path("/somewhere/mpdit/npm")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert npm.default_cache() == Path("/home/someone/.cache/mpdit/npm")
+    assert default_cache("npm") == Path("/home/someone/.cache/mpdit/npm")
 
 
 @pytest.mark.slow
@@ -302,7 +303,7 @@ def test_real_icons(tmp_path):
     told = manifest(tmp_path / "real")
     assert sum(split["samples"] for split in told["splits"].values()) + sum(told["dropped"].values()) == 60
     assert set(told["styles"]) == {style.name for style in CATALOGUE.styles}
-    source = Icons(size=32, styles=[], match="", limit=None, seed=0, cache=npm.default_cache(), catalogue=CATALOGUE)
+    source = Icons(size=32, styles=[], match="", limit=None, seed=0, cache=default_cache("npm"), catalogue=CATALOGUE)
     assert len(source.jobs()) == 18_471
 
 

@@ -4,13 +4,14 @@ import json
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from mpdit_tools.data.images import Unusable
 from mpdit_tools.data.samples import Drop
 
 LIST = "captions.jsonl"
 CAPTION_BYTES = 65_536
+LINE_BYTES = 2**20  # of a line of the list: JSON may spell every letter in six
 
 
 def clean_caption(data: bytes) -> str:
@@ -40,7 +41,7 @@ def is_outside(name: str) -> bool:
 def read_list(path: Path) -> Iterator[tuple[str, str] | Drop]:
     """(file, caption) for each line of ``captions.jsonl``, or what is wrong with the line."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file), 1):
             if not line.strip():
                 continue
             origin = f"{path.name}:{number}"
@@ -50,7 +51,17 @@ def read_list(path: Path) -> Iterator[tuple[str, str] | Drop]:
                 yield Drop(origin=origin, reason=error.reason, detail=error.detail)
 
 
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Its lines; of one that is too long as much as shows that it is."""
+    while line := file.readline(LINE_BYTES + 1):
+        yield line
+        while len(line) > LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(LINE_BYTES + 1)
+
+
 def _entry(line: bytes) -> tuple[str, str]:
+    if len(line) > LINE_BYTES:
+        raise Unusable("caption too long", f"more than {LINE_BYTES} bytes")
     try:
         entry: Any = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

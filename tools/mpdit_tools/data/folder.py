@@ -106,8 +106,8 @@ class Folder:
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in files:
                 path = Path(folder, name)
-                # A broken link is kept, to be counted; a pipe would block whoever opens it.
-                if not name.startswith(".") and (path.is_file() or path.is_symlink()):
+                # A broken link is kept, to be counted; a pipe would block whoever opens it, by a link too.
+                if not name.startswith(".") and (os.path.isfile(path) or not os.path.exists(path)):
                     yield path.relative_to(self._root).as_posix()
 
     def _jobs(self) -> Iterator[Job]:
@@ -182,11 +182,13 @@ def _is_picture(lower: str) -> bool:
 
 def _read(path: Path, limit: int, reason: str) -> bytes:
     try:
-        if (size := path.stat().st_size) > limit:
-            raise Unusable(reason, f"{size} bytes")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
     except OSError as error:
         raise Unusable("cannot be read", error.strerror or str(error)) from error
+    if len(data) > limit:
+        raise Unusable(reason, f"more than {limit} bytes")
+    return data
 
 
 def _content_hash(path: Path) -> str:

@@ -61,7 +61,8 @@ class Icons(Common):
     max_dropped: tyro.conf.Suppress[float] = 0.5
 
     def source(self) -> "Source":
-        from mpdit_tools.data import icons, npm
+        from mpdit_tools.data import icons
+        from mpdit_tools.data.packages import default_cache
 
         return icons.Icons(
             size=self.size,
@@ -69,7 +70,7 @@ class Icons(Common):
             match=self.match,
             limit=self.limit,
             seed=self.seed,
-            cache=self.cache or npm.default_cache(),
+            cache=self.cache or default_cache("npm"),
             catalogue=icons.CATALOGUE,
         )
 
@@ -129,10 +130,42 @@ class Digits(Common):
     max_dropped: tyro.conf.Suppress[float] = 0.5
 
     def source(self) -> "Source":
-        from mpdit_tools.data import digits, npm
+        from mpdit_tools.data import digits
+        from mpdit_tools.data.packages import default_cache
 
-        cache = self.cache or npm.default_cache()
+        cache = self.cache or default_cache("npm")
         return digits.Digits(size=self.size, seed=self.seed, cache=cache, package=digits.PACKAGE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clipart(Common):
+    """Captioned clip art out of Debian packages (317 MB, fetched once): some 6,400 pictures, each in its own shape.
+
+    The packages come by the machine's apt-get, or from a folder where they are; nothing is installed and nothing of
+    them is run. The captions read "clip art of 2 dead frogs, swamp, animal".
+    """
+
+    aspect: Aspect = "keep"
+    """keep leaves every picture its own ratio of width to height (cut to 4:1 at most) and makes it smaller, never
+    larger, to about as many pixels as a square of --size; square cuts about the centre."""
+    min_side: int | None = None
+    """Pictures with a shorter side than this many pixels are dropped. Default: a quarter of --size; half, if square."""
+    limit: int | None = None
+    """Take the first so many after the shuffle."""
+    debs: Path | None = None
+    """A folder with the packages' .deb files, instead of apt-get."""
+    cache: Path | None = None
+    """Where downloads are kept. Default: $XDG_CACHE_HOME/mpdit/deb, or ~/.cache/mpdit/deb."""
+
+    max_dropped: tyro.conf.Suppress[float] = 0.5
+
+    def source(self) -> "Source":
+        from mpdit_tools.data import clipart
+        from mpdit_tools.data.packages import default_cache
+
+        shape = _shape(self.size, self.min_side, self.aspect)
+        cache = self.cache or default_cache("deb")
+        return clipart.Clipart(shape=shape, seed=self.seed, limit=self.limit, cache=cache, debs=self.debs)
 
 
 # command: what it does. More commands of ``mpdit data`` go here.
@@ -157,7 +190,8 @@ def main(argv: list[str]) -> int:
     chosen = tyro.cli(
         Annotated[Icons, tyro.conf.subcommand("icons")]
         | Annotated[Folder, tyro.conf.subcommand("folder")]
-        | Annotated[Digits, tyro.conf.subcommand("digits")],
+        | Annotated[Digits, tyro.conf.subcommand("digits")]
+        | Annotated[Clipart, tyro.conf.subcommand("clipart")],
         prog="mpdit data build",
         description=COMMANDS["build"][0].upper() + COMMANDS["build"][1:] + ".",
         args=argv[1:],
@@ -165,7 +199,7 @@ def main(argv: list[str]) -> int:
     return _build(chosen)
 
 
-def _build(chosen: Icons | Folder | Digits) -> int:
+def _build(chosen: Icons | Folder | Digits | Clipart) -> int:
     from mpdit_tools.data.build import build
     from mpdit_tools.data.report import Progressing, show
 
@@ -180,7 +214,7 @@ def _build(chosen: Icons | Folder | Digits) -> int:
     return 0
 
 
-def _options(chosen: Icons | Folder | Digits) -> "Options":
+def _options(chosen: Icons | Folder | Digits | Clipart) -> "Options":
     from mpdit_tools.data.build import Options
 
     for name, value, good in (

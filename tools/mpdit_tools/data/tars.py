@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,13 @@ DECODABLE = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 # What is meant as a picture but cannot be decoded is counted, not passed over.
 PICTURES = frozenset([*DECODABLE, "avif", "heic", "heif", "jxl", "jp2", "svg", "ico", "tga"])
 JSON_BYTES = 2**20
+JSON_LEVELS = 50  # what is nested deeper may break whoever reads or copies it
+NAME = 1000  # characters
+HEADER_BYTES = 2**14  # of a long name or other attributes
+AFTER_END = 2**20  # bytes looked at for members that follow the end of an archive
+UNSAFE, NOT_PLAIN, DAMAGED = "unsafe path in a tar", "not a plain file in a tar", "damaged tar"
+_EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")
+_DIGITS = re.compile(rb"\d{200}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,9 +76,11 @@ class TarJob:
             return {}
         try:
             value = json.loads(self._read(self.extra, JSON_BYTES, "JSON too long"))
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as error:
             raise Unusable("bad JSON", str(error)) from error
+        if not _is_flat(value, JSON_LEVELS):
+            raise Unusable("bad JSON", f"nested more than {JSON_LEVELS} levels deep")
         return {"json": value}
 
     def _read(self, span: Span, limit: int, reason: str) -> bytes:
@@ -82,8 +92,13 @@ class TarJob:
         except OSError as error:
             raise Unusable("cannot be read", str(error)) from error
         if len(data) != span.size:
-            raise Unusable("damaged tar", "ends within a member")
+            raise Unusable(DAMAGED, "ends within a member")
         return data
+
+
+def _is_flat(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_flat(each, levels - 1) for each in inner)
 
 
 def tar_jobs(path: Path, shown: str, *, source: str, shape: Shape) -> Iterator[Job]:
@@ -106,26 +121,57 @@ def tar_jobs(path: Path, shown: str, *, source: str, shape: Shape) -> Iterator[J
 
 def _members(path: Path, shown: str) -> Iterator[tuple[str, Span] | Drop]:
     """The plain files of an archive in order."""
-    end = 0
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                origin = f"{shown}:{ascii(member.name)[1:-1]}"
-                if is_outside(member.name):
-                    yield Drop(origin=origin, reason="unsafe path in a tar")
+        with tarfile.open(path, "r:", tarinfo=_Header) as archive:
+            for member in members(archive):
+                origin = f"{shown}:{ascii(member.name[:NAME])[1:-1]}"
+                if is_outside(member.name) or len(member.name) > NAME:
+                    yield Drop(origin=origin, reason=UNSAFE)
                 elif member.isreg() and not member.issparse():
                     yield member.name, Span(offset=member.offset_data, size=member.size)
                 elif not member.isdir():
-                    yield Drop(origin=origin, reason="not a plain file in a tar")
+                    yield Drop(origin=origin, reason=NOT_PLAIN)
             end = archive.offset
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        yield Drop(origin=shown, reason="damaged tar", detail=str(error))
-        return
-    # tarfile takes a damaged header for the end of the archive and says nothing.
-    with path.open("rb") as file:
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            yield Drop(origin=shown, reason="damaged tar", detail=f"no header at byte {end}")
+        # tarfile takes a damaged header for the end of the archive and says nothing; nor does it of what comes after.
+        with path.open("rb") as file:
+            file.seek(end)
+            if file.read(AFTER_END).strip(b"\0"):
+                yield Drop(origin=shown, reason=DAMAGED, detail=f"no header at byte {end}, but more data")
+    except Exception as error:  # tarfile raises nearly anything on damaged headers
+        yield Drop(origin=shown, reason=DAMAGED, detail=f"{type(error).__name__}: {error}"[:NAME])
+
+
+def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Those of an archive in order, each forgotten when the next is asked for: tarfile would keep all of them."""
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]
+        yield member
+
+
+class _Header(tarfile.TarInfo):
+    """A header without the trust that tarfile of Python 3.11 has in it.
+
+    It would go round in circles over a negative size (CVE-2025-8194), take a long name or a map of holes of any length
+    into memory, and search a row of digits in quadratic time (CVE-2024-6232).
+    """
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        """tarfile's hook: called for every header, before anything that follows it is read."""
+        if self.type in _EXTENDED and 0 <= self.size <= HEADER_BYTES:
+            where = archive.fileobj.tell()
+            digits = _DIGITS.search(archive.fileobj.read(self.size))
+            archive.fileobj.seek(where)
+            if digits:
+                raise tarfile.ReadError("a header holds no attributes but digits")
+        elif self.type in _EXTENDED or self.type == tarfile.GNUTYPE_SPARSE or self.size < 0:
+            raise tarfile.ReadError(f"a header of type {self.type!r} says that {self.size} bytes follow")
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        if member.size < 0:  # which an extended header can say as well
+            raise tarfile.ReadError(f"a header says that {member.size} bytes follow")
+        return member
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        raise tarfile.ReadError("it holds a file with holes")
 
 
 def _sample_jobs(
@@ -140,6 +186,9 @@ def _sample_jobs(
         return
     for extension, _ in pictures[1:]:
         yield Drop(origin=f"{origin}.{extension}", reason="second picture of a sample")
+    for extension in ("txt", "json"):
+        for _ in range(sum(name == extension for name, _ in group) - 1):
+            yield Drop(origin=f"{origin}.{extension}", reason="second text of a sample")
     if "txt" not in rest:
         yield Drop(origin=origin, reason="no caption")
         return
