@@ -22,7 +22,6 @@ from mpdit.parallel import groups, optimizer, sharded
 from mpdit.train import checkpoints
 from mpdit.train.session import Network, Session
 
-
 KINDS = ("param", "exp_avg", "exp_avg_sq", "ema")  # of a parameter, in the order in which they are written
 
 
