@@ -17,7 +17,7 @@ COMMANDS = {
     "plan":   ("mpdit_tools.plan.main:main", "memory, work, bubble and time of a run on GPUs; needs none"),
     "rehearse": ("mpdit_tools.rehearse.main:main", "go or no-go for a launch, on this machine's CPU"),
     "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),
-    "replay": ("mpdit.train.replay:main", "run a step again that a run has skipped, and name the samples to blame"),
+    "replay": ("mpdit.train.main:replay", "run a step again that a run has skipped, and name the samples to blame"),
     "sample": ("mpdit_tools.sample:main", "pictures for prompts out of a run's checkpoint"),
     "mup-table": ("mpdit_tools.mup_table:main", "what muP gives each parameter of a model, and gave its proxy"),
 }  # fmt: skip
