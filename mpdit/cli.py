@@ -18,7 +18,7 @@ COMMANDS = {
     "plan":   ("mpdit_tools.plan.main:main", "memory, work, bubble and time of a run on GPUs; needs none"),
     "rehearse": ("mpdit_tools.rehearse.main:main", "go or no-go for a launch, on this machine's CPU"),
     "train":  ("mpdit.train.main:main", "train, in one process or under torchrun, with the same YAML"),
-    "replay": ("mpdit.train.replay:main", "run a step again that a run has skipped, and name the samples to blame"),
+    "replay": ("mpdit.train.main:replay", "run a step again that a run has skipped, and name the samples to blame"),
     "sample": ("mpdit_tools.sample:main", "pictures for prompts out of a run's checkpoint"),
     "checkpoint": ("mpdit_tools.checkpoint.main:main", "list, verify or reshard the checkpoints of a run"),
     "track":  ("mpdit_tools.track:main", "sync: bring a run's MLflow up to its metrics.jsonl"),

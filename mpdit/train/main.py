@@ -1,9 +1,10 @@
-"""``mpdit train CONFIG [section.key=value ...]``, alone or under torchrun."""
+"""``mpdit train`` and ``mpdit replay``, alone or under torchrun."""
 
 import faulthandler
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from mpdit.errors import CheckFailed, InputError
 
@@ -15,6 +16,15 @@ run.dir holds checkpoints, training goes on from the newest complete one, in thi
 
 keys and their defaults:
 """
+
+REPLAY_USAGE = """usage: mpdit replay RUN/bad_steps/step_N.json [section.key=value ...]
+       torchrun --nproc-per-node N -m mpdit replay RUN/bad_steps/step_N.json [section.key=value ...]
+
+Loads the newest good checkpoint from before the step, trains through the steps in between as the run did, then runs the
+skipped step and each of its samples alone. Names the samples whose loss is not finite, or else the largest ones. Writes
+nothing. One process needs no layout; under torchrun it is that of the run's config.yaml.
+
+Exit code 0 when the step is bad for the recorded reason again, 1 when it is not."""
 
 
 def main(argv: list[str]) -> int:
@@ -57,6 +67,28 @@ def main(argv: list[str]) -> int:
         print(summary.of_run(config), flush=True)
     groups.stop()  # not after an error: the other ranks may be anywhere, and leaving the groups would wait for them
     return 0
+
+
+def replay(argv: list[str]) -> int:
+    """Exit code. Raises InputError for a file that is no record of a step, or a run that can't be gone through."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(REPLAY_USAGE)
+        return 0 if argv else 2
+    use_cores()
+
+    from mpdit.parallel import accel
+
+    accel.enter()
+    from mpdit.parallel import groups
+    from mpdit.train import guards, preflight, replay, watchdog
+
+    path = Path(argv[0])
+    bad, world = guards.read(path), groups.world_size()
+    config = preflight.without_run_dir(replay.config_of(path, bad, argv[1:], world), world)
+    groups.start(config.parallel, config.train.seed, watchdog.collective_timeout_s(config.guard))
+    code = replay.replay(config, path, bad)
+    groups.stop()
+    return code
 
 
 def use_cores() -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,43 +11,13 @@ from mpdit import config as configs
 from mpdit.config import Config
 from mpdit.errors import InputError
 from mpdit.parallel import groups
-from mpdit.train import batches, checkpoint, checkpoints, guards, session, watchdog
+from mpdit.train import batches, checkpoint, checkpoints, session
 from mpdit.train.checkpoint import Position
 from mpdit.train.guards import BadStep
 from mpdit.train.metrics import read_metrics
 from mpdit.train.sets import Sets, same_run
 
-USAGE = """usage: mpdit replay RUN/bad_steps/step_N.json [section.key=value ...]
-       torchrun --nproc-per-node N -m mpdit replay RUN/bad_steps/step_N.json [section.key=value ...]
-
-Loads the newest good checkpoint from before the step, trains through the steps in between as the run did, then runs the
-skipped step and each of its samples alone. Names the samples whose loss is not finite, or else the largest ones. Writes
-nothing. One process needs no layout; under torchrun it is that of the run's config.yaml.
-
-Exit code 0 when the step is bad for the recorded reason again, 1 when it is not."""
-
 _LARGEST = 3  # samples named when all losses are finite
-
-
-def main(argv: list[str]) -> int:
-    """Raises InputError for a file that is no record of a step, and for a run that can't be gone through again."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
-    from mpdit.parallel import accel
-
-    accel.enter()
-    from mpdit.train import preflight
-    from mpdit.train.main import use_cores
-
-    use_cores()
-    path = Path(argv[0])
-    bad, world = guards.read(path), groups.world_size()
-    config = preflight.without_run_dir(config_of(path, bad, argv[1:], world), world)
-    groups.start(config.parallel, config.train.seed, watchdog.collective_timeout_s(config.guard))
-    code = replay(config, path, bad)
-    groups.stop()
-    return code
 
 
 def config_of(path: Path, bad: BadStep, overrides: list[str], world: int) -> Config:
@@ -153,7 +122,3 @@ def _name_samples(bad: BadStep, sets: Sets, losses: list[float]) -> None:
 def _say(text: str) -> None:
     if groups.rank() == 0:
         print(text, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -114,3 +115,40 @@ def test_the_others_end_and_name_it(how: str, tiny_set: Path, tmp_path: Path) ->
             assert sentence.removeprefix("mpdit: ") in (tmp_path / f"error.{rank}").read_text()
         else:
             assert "Traceback" in (tmp_path / f"error.{rank}").read_text()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_torchrun_goes_on_by_itself_after_a_rank_was_stopped(tiny_set: Path, tmp_path: Path) -> None:
+    from mpdit.config import dump
+
+    sections: dict[str, Any] = {
+        "train": {"steps": 600, "save_every": 20, "val_images": 1},
+        "guard": {"hang_timeout_s": TIMEOUT_S},
+    }
+    config = tiny.with_run_dir(tiny.config(tiny_set, **sections), tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(dump(config))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        job = subprocess.Popen(
+            [*torchrun, "-m", "mpdit", "train", str(tmp_path / "config.yaml")],
+            env={**os.environ, "PET_SHUTDOWN_TIMEOUT": "3"},
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run" / "checkpoints" / "step_20").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        pids = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+        os.kill(pids[1], signal.SIGSTOP)
+        assert job.wait(400) == 0, log.read_text()
+    finally:
+        job.terminate()
+        job.wait()
+    said = log.read_text()
+    assert f"pid {pids[1]}) gives no sign of life" in said
+    assert "going on from" in said
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 600
