@@ -88,7 +88,7 @@ class RealServer:
             self._process = subprocess.Popen(
                 [*command, "--port", str(self._port)], stdout=log, stderr=log, start_new_session=True
             )
-        wait_for(self._answers, 120)
+        wait_for(self._answers, 300)
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:

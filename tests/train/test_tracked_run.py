@@ -56,14 +56,14 @@ def test_no_credential_gets_into_a_run_folder_and_its_config_starts_it_again(tin
 @pytest.mark.slow
 @pytest.mark.skipif(bool(RealServer.missing()), reason=RealServer.missing() or "-")
 def test_a_server_that_is_away_hangs_dies_and_comes_back(tiny_set: Path, tmp_path: Path) -> None:
-    """`mlflow server` itself. The run ends while it is dead; then `mpdit track sync` brings it up to the run."""
+    """`mlflow server` itself. The run is killed while it is dead; then `mpdit track sync` brings it up to the run."""
     from mlflow.tracking import MlflowClient
 
-    steps, mlflow, run = 3000, RealServer(tmp_path), tmp_path / "run"
+    mlflow, run = RealServer(tmp_path), tmp_path / "run"
     config = tiny.config(
         tiny_set,
         parallel={"tp": 2},
-        train={"steps": steps, "sample_every": steps // 5},
+        train={"steps": 1_000_000, "sample_every": 100},
         run={"dir": str(run), "mlflow_uri": mlflow.uri},
     )
 
@@ -71,17 +71,17 @@ def test_a_server_that_is_away_hangs_dies_and_comes_back(tiny_set: Path, tmp_pat
         """The run does, whatever the server does."""
         before = lines(run)
         time.sleep(seconds)
-        wait_for(lambda: lines(run) > before)
+        wait_for(lambda: lines(run) > before, 300)
 
     def catches_up() -> None:
         """The tracker is back within the run."""
         before, client = lines(run), MlflowClient(mlflow.uri)
-        wait_for((run / "mlflow_run_id").is_file)
+        wait_for((run / "mlflow_run_id").is_file, 300)
         run_id = (run / "mlflow_run_id").read_text().strip()
-        wait_for(lambda: client.get_run(run_id).data.metrics.get("images", 0) >= 8 * before)
+        wait_for(lambda: client.get_run(run_id).data.metrics.get("images", 0) >= 8 * before, 300)
 
     try:
-        world = ranks.start(2, train, timeout_s=600, config=config)
+        world = ranks.start(2, train, timeout_s=1800, config=config)
         try:
             goes_on(3)  # it is away
             mlflow.start()
@@ -95,26 +95,24 @@ def test_a_server_that_is_away_hangs_dies_and_comes_back(tiny_set: Path, tmp_pat
             mlflow.start()
             catches_up()
             mlflow.kill()
-            assert lines(run) < steps, "the run was over too soon for what it should see; give it more steps"
-            world.results()
+            goes_on(2)
         finally:
             world.close()
-        assert lines(tmp_path / "run") == steps
+        steps = lines(run)
         mlflow.start()
-        code, out, error = commands.run("track", "sync", tmp_path / "run", "--json")
+        code, out, error = commands.run("track", "sync", run, "--json")
         assert (code, error) == (0, "")
         added = json.loads(out)
-        assert added["status"] == "FINISHED"
-        assert 0 < added["points"] < 9 * steps, "the run ended while its server was dead"
-        client, rows = MlflowClient(mlflow.uri), metrics(tmp_path / "run")
+        assert added["status"] == "KILLED"
+        assert 0 < added["points"] < 8 * steps, "of the steps while it was dead for good, and of no others"
+        client, rows = MlflowClient(mlflow.uri), metrics(run)
         assert len(client.search_runs(["0", *(e.experiment_id for e in client.search_experiments())])) == 1
-        for key in ("loss", "lr", "grad_norm", "data_s", "val_loss"):
+        for key in ("loss", "lr", "grad_norm", "data_s"):
             found = [(p.step, p.value) for p in client.get_metric_history(added["run_id"], key)]
             assert sorted(found) == [(row["step"], row[key]) for row in rows if key in row]
         pictures = [Path(file.path).name for file in client.list_artifacts(added["run_id"], "samples")]
-        assert pictures == sorted(path.name for path in (tmp_path / "run" / "samples").glob("*.png"))
-        assert len(pictures) == 5
-        again = json.loads(commands.run("track", "sync", tmp_path / "run", "--json")[1])
+        assert pictures == sorted(path.name for path in (run / "samples").glob("*.png"))
+        again = json.loads(commands.run("track", "sync", run, "--json")[1])
         assert (again["points"], again["files"], again["created"]) == (0, [], False)
         print(f"\n{steps} steps; track sync added {added['points']} points of {added['points_by_metric']}")
     finally:
