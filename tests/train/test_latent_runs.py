@@ -73,11 +73,12 @@ def config_with(config: Config, **data: Any) -> Config:
 def train(rank: int, world: int, config: Config) -> dict[str, Any]:
     """Losses, gradient norms, REPA's losses, the validation loss, pictures, and which weights were loaded."""
     from mpdit.parallel import groups
-    from mpdit.train import batches, loop, preflight, session
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
-    run, sets = session.build(config), loop.Sets.open(config)
+    run, sets = session.build(config), Sets.open(config)
     feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
     found: dict[str, Any] = {"losses": [], "norms": [], "repa": []}
     for _ in range(config.train.steps):
@@ -137,11 +138,12 @@ def test_the_network_reads_states_and_pooled_vector(tiny_set: Path, models: Path
         import torch
 
         from mpdit.parallel import groups
-        from mpdit.train import batches, loop, preflight, session
+        from mpdit.train import batches, preflight, session
+        from mpdit.train.sets import Sets
 
         config = preflight.check(config, world)
         groups.start(config.parallel, config.train.seed)
-        network, sets = session.build_network(config), loop.Sets.open(config)
+        network, sets = session.build_network(config), Sets.open(config)
         (batch,) = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0).next()
         (whole,) = network.predict([batch])
         found = {}
@@ -234,11 +236,12 @@ def test_no_picture_is_decoded_and_no_weight_read(cached: Config) -> None:
         loader.Loader.__init__ = never
         encoders.Encoder.text = latents.Autoencoder.moments = repa.Teacher.open = never
         from mpdit.parallel import groups
-        from mpdit.train import batches, loop, preflight
+        from mpdit.train import batches, preflight
+        from mpdit.train.sets import Sets
 
         config = preflight.check(config, world)
         groups.start(config.parallel, config.train.seed)
-        sets = loop.Sets.open(config)
+        sets = Sets.open(config)
         feed = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0)
         assert len(feed.next()) == 1
         batches.decode = never
