@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,18 +47,30 @@ def _update(kill: Callable[[], None]) -> None:
     _before(Session, "update", kill)
 
 
-def _fsync(kill: Callable[[], None]) -> None:
-    _before(os, "fsync", kill)
+def _pack(kill: Callable[[], None]) -> None:
+    from mpdit.parallel import packed
 
-
-def _rename(kill: Callable[[], None]) -> None:
-    _before(os, "replace", kill)
+    _before(packed, "pack", kill)
 
 
 def _write(kill: Callable[[], None]) -> None:
-    from mpdit.parallel import sharded
+    """Some milliseconds after a save has begun, while its files are written."""
+    from mpdit.train.saver import Saver
 
-    _before(sharded, "save", kill)
+    begin = Saver.begin
+
+    def begins(self: Saver, *args: Any) -> None:
+        begin(self, *args)
+        threading.Timer(random.random() * 0.1, kill).start()
+
+    Saver.begin = begins  # type: ignore[method-assign]
+
+
+def _marker(kill: Callable[[], None]) -> None:
+    """When all files are written and the marker is due."""
+    from mpdit.train import checkpoints
+
+    _before(checkpoints, "manifest", kill)
 
 
 def _before(owner: Any, name: str, kill: Callable[[], None]) -> None:
@@ -75,9 +88,9 @@ PLACES: dict[str, tuple[Callable[[Callable[[], None]], None], int]] = {
     "data": (_read, 60),
     "optimizer": (_optimizer, 9),
     "update": (_update, 9),
-    "fsync": (_fsync, 12),
-    "rename": (_rename, 4),
-    "save": (_write, 3),
+    "copy for a save": (_pack, 3),
+    "files of a save": (_write, 3),
+    "marker of a save": (_marker, 3),
 }
 
 
@@ -177,7 +190,7 @@ def _only_killed(error: str) -> bool:
     return all(any(word in part for word in known) for part in error.split("\nrank "))
 
 
-def campaign(data: Path, folder: Path, *, kills: int, steps: int, seed: int, **sections: Any) -> dict[str, Any]:
+def campaign(data: Path, folder: Path, /, *, kills: int, steps: int, seed: int, **sections: Any) -> dict[str, Any]:
     """Kill `kills` times, then let it end. Counts by place, and what metrics.jsonl holds in the end."""
     rng, counted, killed = random.Random(seed), dict[str, int](), 0
     while killed < kills:
@@ -194,7 +207,7 @@ def campaign(data: Path, folder: Path, *, kills: int, steps: int, seed: int, **s
     return {"kills": counted, "rows": metrics(folder)}
 
 
-def config(data: Path, folder: Path, parallel: dict[str, Any], steps: int, **sections: Any) -> Config:
+def config(data: Path, folder: Path, parallel: dict[str, Any], steps: int, /, **sections: Any) -> Config:
     train_section = {"steps": steps, "save_every": 3, "keep_last": 2, **sections.pop("train", {})}
     tiny_config = tiny.config(data, parallel=parallel, train=train_section, **sections)
     return tiny.with_run_dir(tiny_config, folder)
