@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -42,6 +43,15 @@ def test_no_byte_of_a_manifest_can_change_unseen(at: int, mask: int, whole: Path
             checkpoints.problems(whole)
     finally:
         file.write_bytes(before)
+
+
+@pytest.mark.parametrize("form", [{"indent": 2}, {"indent": 1, "sort_keys": True}, {}])
+def test_a_manifest_has_one_form(form: dict[str, Any], tmp_path: Path) -> None:
+    """The same values in other bytes: somebody has been at it."""
+    file = folders.write(tmp_path, 4) / checkpoints.MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()), **form) + "\n")
+    with pytest.raises(InputError, match="not what its own SHA-256 says"):
+        checkpoints.verify(file.parent)
 
 
 def test_a_manifest_that_is_made_to_fit_another_file_is_no_manifest(tmp_path: Path) -> None:
