@@ -22,6 +22,8 @@ from mpdit.parallel import groups, optimizer, sharded
 from mpdit.train import checkpoints
 from mpdit.train.session import Network, Session
 
+KINDS = ("param", "exp_avg", "exp_avg_sq", "ema")  # of a parameter, in the order in which they are written
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
@@ -155,8 +157,7 @@ def same_averages(path: Path, config: Config) -> None:
 def load(session: Session, path: Path, step: int, skipped: int = 0) -> None:
     """Put a verified checkpoint into a session of any layout; collective. Adam has then taken `step` - `skipped` steps,
     the schedule stands at `step`."""
-    kinds = ("param", "exp_avg", "exp_avg_sq", "ema")
-    loaded = _read(session.network, path, kinds)
+    loaded = _read(session.network, path, KINDS)
     with session.settled():
         optimizer.restore(session.network.chunks, session.optimizer, loaded, step - skipped)
     for name, value in session.ema.values.items():

@@ -213,7 +213,8 @@ class Saver:
         else:
             self._news |= {"save_failed": saved.step}
             self.failed = saved
-            self.say(f"{self.what} of step {save.step} could not be written ({trouble}); {self.at_risk(save.step)}")
+            if groups.rank() == 0:
+                self.say(f"{self.what} of step {save.step} could not be written ({trouble}); {self.at_risk(save.step)}")
         return saved
 
     def news(self) -> dict[str, Any]:

@@ -81,14 +81,20 @@ def _list(arguments: List) -> int:
 
     table = Table("step", "bytes", "age", "status", "format", "written by")
     for entry in entries:
-        layout = " ".join(f"{k}={v}" for k, v in (entry.layout or {}).items() if v not in (1, False))
-        written = f"{entry.ranks} ranks, {layout}" if entry.ranks else ""
-        status = entry.status if entry.problem is None else f"{entry.status}: {entry.problem}"
+        written = f"{entry.ranks} ranks {_layout(entry.layout or {})}" if entry.ranks else ""
         step = "?" if entry.step is None else str(entry.step)
-        table.add_row(step, f"{entry.bytes:,}", _age(entry.age_s), status, entry.format or "", written)
+        table.add_row(step, f"{entry.bytes:,}", _age(entry.age_s), entry.status, entry.format or "", written)
     console = Console()
     Console(width=console.width if console.is_terminal else 160).print(table)
+    for entry in entries:
+        if entry.problem:
+            print(entry.problem)
     return 0
+
+
+def _layout(layout: dict[str, Any]) -> str:
+    sizes = [f"{name.upper()}{layout[name]}" for name in ("tp", "pp", "vpp", "cp") if layout.get(name, 1) != 1]
+    return " ".join([*sizes, *(["SP"] if layout.get("sp") else []), str(layout.get("precision", ""))])
 
 
 def _age(seconds: float) -> str:

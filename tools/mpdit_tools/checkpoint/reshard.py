@@ -125,7 +125,7 @@ def _write(
 
 
 def _kinds(stored: sharded.Stored, names: set[str]) -> dict[str, list[str]]:
-    """Parameter: what is kept of it (param, exp_avg, ema, ...), in the order of the checkpoint."""
+    """Parameter: what is kept of it (param, exp_avg, ema, ...), in the order in which training writes it."""
     kinds: dict[str, list[str]] = {}
     for key in stored.shapes:
         dots = [index for index, letter in enumerate(key) if letter == "."]
@@ -136,6 +136,9 @@ def _kinds(stored: sharded.Stored, names: set[str]) -> dict[str, list[str]]:
     missing = sorted(names - kinds.keys())
     if missing:
         raise InputError(f"{stored.folder}: has nothing of {missing[0]}, which the config's model has; give --config.")
+    known = checkpoint.KINDS
+    for found in kinds.values():
+        found.sort(key=lambda kind: (known.index(kind) if kind in known else len(known), kind))
     return kinds
 
 
