@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 _TURNS = 3  # of answering and hanging, before it is killed
+_STEPS = 30  # in a phase, at least
 MODEL = {"width": 64, "depth": 4, "head_dim": 32, "patch": 2, "image_size": 12, "text_tokens": 8}
 
 
@@ -53,9 +54,13 @@ def run_beside_server(folder: Path, phase_s: float, rounds: int) -> dict[str, li
     config, metrics = write_config(folder, server.uri), folder / "run" / "metrics.jsonl"
     phases: list[tuple[str, float, float]] = []
 
+    def lines() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
     def phase(name: str) -> None:
-        began = time.time()
+        began, end = time.time(), lines() + _STEPS
         time.sleep(phase_s)
+        wait_for(lambda: lines() >= end, 300)
         phases.append((name, began + 1, time.time()))  # what it did before has worn off
 
     environment = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}
@@ -63,7 +68,7 @@ def run_beside_server(folder: Path, phase_s: float, rounds: int) -> dict[str, li
     with (folder / "train.log").open("wb") as log:
         training = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 20, 300)
+        wait_for(lambda: lines() > 20, 300)
         wait_for((folder / "run" / "mlflow_run_id").exists, 120)
         for _ in range(rounds):
             for _ in range(_TURNS):  # short ones in turns: the load of other programs drifts
@@ -130,7 +135,7 @@ def table(seconds: dict[str, list[float]], unit: float, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase-s", type=float, default=6.0, help="seconds of each phase (default 6)")
+    parser.add_argument("--phase-s", type=float, default=6.0, help="seconds of each phase at least (default 6)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=5000)
     arguments = parser.parse_args()
