@@ -1,6 +1,6 @@
 """What tracking costs a training step: a real run beside a real `mlflow server` that answers, hangs and is dead.
 
-    python benchmarks/tracking.py        # needs the extra `ui`; about four minutes on two cores
+    python benchmarks/tracking.py        # needs the extra `ui`; about three minutes on two cores
 
 The server (loopback, sqlite) is stopped with SIGSTOP, killed and started again in turns under one run, so that its
 phases are compared within the run; steps while the server itself starts are left out. Then the calls that a step makes:
@@ -24,7 +24,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-MODEL = {"width": 128, "depth": 6, "head_dim": 32, "patch": 2, "image_size": 12, "text_tokens": 8}
+_TURNS = 3  # of answering and hanging, before it is killed
+_STEPS = 30  # in a phase, at least
+MODEL = {"width": 64, "depth": 4, "head_dim": 32, "patch": 2, "image_size": 12, "text_tokens": 8}
 
 
 def write_config(folder: Path, uri: str) -> Path:
@@ -34,7 +36,7 @@ def write_config(folder: Path, uri: str) -> Path:
 
     data = tiny.build_set(folder)
     tree: dict[str, Any] = {**tiny.BASE, "model": MODEL, "data": {"path": str(data)}}
-    tree["train"] = {"steps": 10**6, "batch_size": 16, "val_images": 2}
+    tree["train"] = {"steps": 10**6, "batch_size": 8, "val_images": 2}
     tree["run"] = {"dir": str(folder / "run"), "mlflow_uri": uri}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
@@ -52,29 +54,33 @@ def run_beside_server(folder: Path, phase_s: float, rounds: int) -> dict[str, li
     config, metrics = write_config(folder, server.uri), folder / "run" / "metrics.jsonl"
     phases: list[tuple[str, float, float]] = []
 
-    def phase(name: str) -> None:
-        began = time.time()
-        time.sleep(phase_s)
-        phases.append((name, began, time.time()))
+    def lines() -> int:
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
-    environment = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    def phase(name: str) -> None:
+        began, end = time.time(), lines() + _STEPS
+        time.sleep(phase_s)
+        wait_for(lambda: lines() >= end, 300)
+        phases.append((name, began + 1, time.time()))  # what it did before has worn off
+
+    environment = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3"}
     command = [sys.executable, "-m", "mpdit", "train", str(config)]
     with (folder / "train.log").open("wb") as log:
         training = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 20, 300)
+        wait_for(lambda: lines() > 20, 300)
         wait_for((folder / "run" / "mlflow_run_id").exists, 120)
         for _ in range(rounds):
-            phase("answers")
-            server.signal(signal.SIGSTOP)
-            phase("hangs")
-            server.signal(signal.SIGCONT)
-            time.sleep(5)  # it catches up
-            phase("answers")
+            for _ in range(_TURNS):  # short ones in turns: the load of other programs drifts
+                phase("answers")
+                server.signal(signal.SIGSTOP)
+                phase("hangs")
+                server.signal(signal.SIGCONT)
             server.kill()
             phase("is dead")
+            phase("is dead")
             server.start()
-            time.sleep(10)
+            time.sleep(5)
     finally:
         training.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -121,7 +127,7 @@ def table(seconds: dict[str, list[float]], unit: float, name: str) -> None:
     print(f"{'':<18}{'count':>8}{f'median {name}':>12}{'90 %':>9}{'99 %':>9}{'largest':>10}{'ratio':>8}")
     first = statistics.median(next(iter(seconds.values())))
     for what, values in seconds.items():
-        cuts = statistics.quantiles(values, n=100)
+        cuts = statistics.quantiles(values, n=100, method="inclusive")
         row = [statistics.median(values), cuts[89], cuts[98], max(values)]
         cells = "".join(f"{value * unit:>{width}.1f}" for value, width in zip(row, (12, 9, 9, 10), strict=True))
         print(f"{what:<18}{len(values):>8}{cells}{row[0] / first:>8.3f}")
@@ -129,7 +135,7 @@ def table(seconds: dict[str, list[float]], unit: float, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase-s", type=float, default=15.0, help="seconds of each phase (default 15)")
+    parser.add_argument("--phase-s", type=float, default=6.0, help="seconds of each phase at least (default 6)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calls", type=int, default=5000)
     arguments = parser.parse_args()
