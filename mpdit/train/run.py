@@ -65,6 +65,7 @@ class Run:
     def from_step(self, start: int) -> None:
         """To the end. Raises CheckFailed when the run diverges; signals.Stop when, asked to stop, it has saved."""
         self.saver.newest = start or None
+        self._set_aside(start)  # a run that was stopped for its bad samples does not go on
         feed = batches.TrainFeed(self.config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
         try:
             for step in range(start, self.config.train.steps):
@@ -169,7 +170,8 @@ class Run:
             return self._quarantine.count
 
         count: int = groups.decided_by_rank_0(write)
-        self.recorder.report.say(f"step {step}: {len(found)} damaged samples were met and replaced, {count} so far")
+        if found:
+            self.recorder.report.say(f"step {step}: {len(found)} damaged samples were met and replaced, {count} so far")
         return count
 
     # ---- steps that go wrong -----------------------------------------------------------------------------------------

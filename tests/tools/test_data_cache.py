@@ -87,7 +87,6 @@ def test_killed_and_resumed_by_others_it_is_the_same_bytes(
     now = {path.name: path.stat().st_mtime_ns for path in Path(latents["folder"]).iterdir()}
     assert {name: now[name] for name in kept} == kept
     assert files(tmp_path / "cache") == files(built.parent / "cache")
-    assert "s left" in error, "how long it will take"
 
 
 @pytest.mark.dist

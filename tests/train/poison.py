@@ -22,8 +22,8 @@ def poison(factors: Mapping[tuple[int, int], float]) -> None:
 
     plain = batches.noised_batch
 
-    def noised_batch(config: Config, images: Any, text: Any, ids: np.ndarray, visits: np.ndarray) -> Any:
-        batch = plain(config, images, text, ids, visits)
+    def noised_batch(config: Config, images: Any, text: Any, ids: np.ndarray, visits: np.ndarray, *more: Any) -> Any:
+        batch = plain(config, images, text, ids, visits, *more)
         pairs = zip(ids.tolist(), visits.tolist(), strict=True)
         factor_B = torch.tensor([factors.get(pair, 1.0) for pair in pairs])[:, None]
         assert batch.target_SBP is not None

@@ -126,12 +126,20 @@ def test_a_bad_image_takes_no_batch_down(tiny_set: Path, tmp_path: Path) -> None
     yaml_file, rows = yaml_of(data, tmp_path), []
     for name, world in (("one", 1), ("two", 2)):
         run_dir = tmp_path / name
-        said = ranks.run(world, train_command, words=[str(yaml_file), *OVERRIDES, f"run.dir={run_dir}"])
-        assert said == [(0, "")] * world
+        words = [str(yaml_file), *OVERRIDES, f"run.dir={run_dir}", "data.max_bad_fraction=0.02"]
+        assert ranks.run(world, train_command, words=words) == [(0, "")] * world
+        (bad,) = [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
+        assert (bad["reason"], bad["step"]) == ("image damaged", 0)
         rows.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
     one, two = rows
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
     assert [row["samples"] for row in two] == [row["samples"] for row in one]
+    assert [row.get("bad_samples") for row in two] == [row.get("bad_samples") for row in one]
+    words = [str(yaml_file), *OVERRIDES, f"run.dir={tmp_path / 'strict'}"]
+    ((code, told), _) = ranks.run(2, train_command, words=words)
+    assert code == 1
+    assert "1 of 55 samples are damaged, more than data.max_bad_fraction 0.01 allows" in told
+    assert f"{bad['where']} (image damaged)" in told
 
 
 def copied(data: Path, tmp_path: Path) -> Path:
