@@ -6,7 +6,10 @@ import sys
 import traceback
 from pathlib import Path
 
+from mpdit import config as configs
+from mpdit.config import Config
 from mpdit.errors import CheckFailed, InputError
+from mpdit.train.launcher import tell_launcher
 
 USAGE = """usage: mpdit train CONFIG [section.key=value ...]
        torchrun --nproc-per-node N -m mpdit train CONFIG [section.key=value ...]
@@ -30,8 +33,6 @@ Exit code 0 when the step is bad for the recorded reason again, 1 when it is not
 def main(argv: list[str]) -> int:
     """Exit code 0 when the run is done. Raises InputError for bad input, before any rank starts; signals.Stop, which
     leaves with 128 + signal, when it was asked to stop and has saved."""
-    from mpdit import config as configs
-
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         print(configs.describe())
@@ -39,14 +40,24 @@ def main(argv: list[str]) -> int:
     config = configs.load(argv[0], argv[1:])
     use_cores()
     faulthandler.enable(2)  # a rank that crashes in native code says where
+    try:
+        _train(config)
+    except (InputError, CheckFailed) as error:
+        tell_launcher(str(error))
+        raise
+    except Exception:
+        tell_launcher(traceback.format_exc())
+        raise
+    return 0
 
+
+def _train(asked: Config) -> None:
     from mpdit.parallel import accel
 
     accel.enter()
     from mpdit.parallel import groups
     from mpdit.train import loop, preflight, signals, summary, watchdog
 
-    asked = config
     config = preflight.check(asked, groups.world_size())
     groups.start(config.parallel, config.train.seed, watchdog.collective_timeout_s(config.guard))
     try:
@@ -57,16 +68,9 @@ def main(argv: list[str]) -> int:
         groups.barrier()  # one that left before the others are done would have its launcher end them
         groups.stop()
         raise
-    except (InputError, CheckFailed) as error:
-        watchdog.tell_launcher(str(error))
-        raise
-    except Exception:
-        watchdog.tell_launcher(traceback.format_exc())
-        raise
     if groups.rank() == 0:
         print(summary.of_run(config), flush=True)
     groups.stop()  # not after an error: the other ranks may be anywhere, and leaving the groups would wait for them
-    return 0
 
 
 def replay(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,15 @@ _LARGEST = 3  # samples named when all losses are finite
 
 def config_of(path: Path, bad: BadStep, overrides: list[str], world: int) -> Config:
     """The run's config, wherever its folder is now; in one process without its layout. Raises InputError."""
-    tree = configs.read(path.parent / bad.config)
+    beside = Path(os.path.normpath(path.parent / bad.config))
+    tree = configs.read(beside)
     if world == 1:
         kept = {key: tree.get("parallel", {}).get(key) for key in ("precision", "recompute", "backend")}
         tree["parallel"] = {key: value for key, value in kept.items() if value} | {"micro_batch": bad.micro_batch}
     for assignment in overrides:
         configs.override(tree, assignment)
-    config = configs.from_dict(tree, str(path.parent / bad.config))
-    run_dir = str((path.parent / bad.config).parent)
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=run_dir))
+    config = configs.from_dict(tree, str(beside))
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(beside.parent)))
 
 
 def replay(config: Config, path: Path, bad: BadStep) -> int:

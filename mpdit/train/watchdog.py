@@ -17,12 +17,12 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from mpdit.config import Guard
 from mpdit.parallel import groups
+from mpdit.train.launcher import tell_launcher
 from mpdit.train.signals import Signals
 
 PHASES = ("start", "data", "forward and backward", "update", "validation", "pictures", "save")  # in a step's order
@@ -38,15 +38,6 @@ _STDERR = 2
 def collective_timeout_s(guard: Guard) -> float:
     """For process groups: the watchdog, which can tell why, comes first; this is for a process whose threads hang."""
     return guard.hang_timeout_s * (_FIRST + 1)
-
-
-def tell_launcher(text: str) -> None:
-    """Why this process ends: torchrun's summary of a failed job shows the earliest such text of its ranks."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}), encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

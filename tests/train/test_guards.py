@@ -190,16 +190,21 @@ def saved(folder: Path) -> dict[int, int]:
 
 
 def tensors(rank: int, world: int, config: Config, step: int) -> dict[str, Any]:
-    """Weights, moments and average of a checkpoint."""
-    from mpdit.parallel import groups
+    """Weights, moments and average of a checkpoint, and the steps that Adam counts once it is loaded."""
+    from mpdit.parallel import groups, optimizer
     from mpdit.train import checkpoint, checkpoints, preflight, session
 
     config = preflight.check(config, world)
     groups.start(config.parallel, config.train.seed)
     run = session.build(config)
     path = checkpoints.folder_of(Path(config.run.dir)) / f"step_{step}"
+    at = checkpoint.position(path, config)
+    checkpoint.load(run, path, at.step, at.skipped)
+    counts = {int(slot.state["step"]) for slot in optimizer.slots(run.optimizer).values()}
     loaded = checkpoint._read(run.network, path, ("param", "exp_avg", "exp_avg_sq", "ema"))
-    return {f"{kind} {name}": value.tolist() for name, kinds in loaded.items() for kind, value in kinds.items()}
+    return {"steps": counts} | {
+        f"{kind} {name}": value.tolist() for name, kinds in loaded.items() for kind, value in kinds.items()
+    }
 
 
 @pytest.mark.dist
@@ -247,6 +252,7 @@ def test_a_rollback_goes_on_past_the_batches_and_survives_a_resume(tiny_set: Pat
     # Steps 4, 5 and 6 are not in the weights of step 8.
     assert saved(tmp_path) == {2: 0, 4: 0, 7: 3, 8: 3, 9: 3}
     at_4, at_7 = (ranks.run(1, tensors, config=config, step=step)[0] for step in (4, 7))
+    assert at_4["steps"] == {4}
     assert at_4 == at_7
     for step in (8, 9):
         (tmp_path / "checkpoints" / f"step_{step}" / "manifest.json").unlink()
