@@ -126,7 +126,9 @@ class Cache:
             numbers, rows = (
                 np.load(self.folder / name, mmap_mode="r", allow_pickle=False) for name in part_names(part)
             )
-        except (OSError, ValueError, EOFError) as error:
+        except (
+            Exception
+        ) as error:  # NumPy reads a damaged header with Python's own parser, which raises nearly anything
             raise InputError(
                 f"{self.folder / data_name(part)}: can't be read ({error}); remove the folder and {_HINT}."
             ) from error

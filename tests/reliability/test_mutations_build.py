@@ -1,4 +1,4 @@
-"""Damaged pictures, tars, captions, data sets, tokenizers and configs: refused with a reason, or the same content.
+"""Damaged pictures, tars, captions, data sets, caches, tokenizers, configs: refused with a reason, or the same content.
 
 No crash, no hang, no bomb, and nothing that a checksum covers is taken in silence. The long version is 10,000 mutants:
 ``python -m pytest tests/reliability/test_mutations_build.py -m slow -s`` prints them by kind and outcome.
@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data import test_cache
 from data.make_shards import edit_manifest, make_shards, pixels, png, write_shard
 from mpdit import config
+from mpdit.data.cache import Cache
 from mpdit.data.shards import BadSample, Shards
 from mpdit.data.text import SentencePiece
 from mpdit.errors import InputError
@@ -140,6 +142,22 @@ def example(name: str) -> Kind:
     )
 
 
+# ---- a cache of what models make of it: everything is covered --------------------------------------------------------
+
+
+def of_cache(name: str) -> Kind:
+    def good(folder: Path) -> bytes:
+        return (test_cache.write(folder, test_cache.ROWS, 2) / name).read_bytes()
+
+    def read(folder: Path, data: bytes) -> object:
+        (test_cache.WANTED.folder(folder) / name).write_bytes(data)
+        opened = Cache.open(folder, test_cache.WANTED)
+        rows = [opened.row(number) for number in range(len(test_cache.ROWS))]
+        return [(numbers.tolist(), dimensions) for numbers, dimensions in rows], opened.facts
+
+    return Kind(good=good, read=read, refusals=(InputError,))
+
+
 KINDS: dict[str, Kind] = {
     **{f"{kind} picture": picture(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM")},
     "tar given to the builder": Kind(good=good_tar, read=_in_file("x.tar", read_tar), refusals=(Told,), covered=False),
@@ -165,6 +183,9 @@ KINDS: dict[str, Kind] = {
     "tokenizer": Kind(
         good=lambda _: tokenizer(), read=_in_file("tokenizer.model", read_tokenizer), refusals=(InputError,)
     ),
+    "cache, numbers": of_cache("000000.npy"),
+    "cache, rows": of_cache("000001.rows.npy"),
+    "cache, manifest": of_cache("manifest.json"),
     "config, chain": example("chain/target.yaml"),
     "config, 18B": example("chain/target-18b.yaml"),
 }
