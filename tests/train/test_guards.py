@@ -148,8 +148,12 @@ def norms(rank: int, world: int, config: Config, victim: int) -> tuple[float, fl
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("world", "parallel", "victim"),
-    [(4, {"tp": 2, "pp": 2, "sp": True}, 0), (2, DP2, 1), (2, {"cp": 2}, 0), (2, {}, 1)],
-    ids=["TP2xPP2+SP", "DP2 dist-opt overlap", "CP2", "DP2"],
+    [
+        pytest.param(4, {"tp": 2, "pp": 2, "sp": True}, 0, id="TP2xPP2+SP"),
+        pytest.param(2, DP2, 1, id="DP2 dist-opt overlap"),
+        pytest.param(2, {"cp": 2}, 0, id="CP2", marks=pytest.mark.slow),
+        pytest.param(2, {}, 1, id="DP2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_gradient_that_is_nan_on_one_rank_is_so_in_every_ranks_norm(
     world: int, parallel: dict[str, Any], victim: int, tiny_set: Path

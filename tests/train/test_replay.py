@@ -86,6 +86,8 @@ def test_one_process_reproduces_what_one_of_two_ranks_met(tiny_set: Path, tmp_pa
     assert "lacks step 1 on the way to step 5" in error
 
 
+@pytest.mark.dist
+@pytest.mark.slow
 def test_a_rollback_on_the_way_is_gone_through(tiny_set: Path, tmp_path: Path) -> None:
     """Step 7 was run with the weights of step 4, past steps 5 and 6."""
     sections: dict[str, Any] = {

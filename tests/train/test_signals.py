@@ -56,7 +56,9 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGUSR1, 138), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGUSR1, 138), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_rank_saves_on_all_and_costs_no_step(
     signum: int, code: int, tiny_set: Path, tmp_path: Path
 ) -> None:

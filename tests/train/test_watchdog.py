@@ -81,7 +81,9 @@ def codes(world: ranks.World, wanted: tuple[int, ...], seconds: float) -> dict[i
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("how", ["stopped", "stuck", "dead", "the first is stopped"])
+@pytest.mark.parametrize(
+    "how", ["stuck", "dead", "stopped", pytest.param("the first is stopped", marks=pytest.mark.slow)]
+)
 def test_the_others_end_and_name_it(how: str, tiny_set: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"train": {"steps": 1000}, "guard": {"hang_timeout_s": TIMEOUT_S}}
     config = tiny.with_run_dir(tiny.config(tiny_set, **sections), tmp_path / "run")
