@@ -123,7 +123,6 @@ class BadStep:
     seed: int
     plan_hash: str
     micro_batch: int
-    checkpoint: int | None  # the step of the one to start from; None: from the initial weights
     config: str = "../config.yaml"  # from where this file lies
 
 

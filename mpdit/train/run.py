@@ -15,7 +15,7 @@ from mpdit.data.quarantine import FILE, Bad, Quarantine
 from mpdit.errors import CheckFailed
 from mpdit.parallel import groups
 from mpdit.sample import grid
-from mpdit.train import batches, cached, checkpoint, checkpoints, guards, session, signals, snapshots
+from mpdit.train import batches, cached, checkpoint, guards, session, signals, snapshots
 from mpdit.train.checkpoint import Position
 from mpdit.train.control import Control
 from mpdit.train.guards import Judge, Verdict
@@ -201,7 +201,6 @@ class Run:
     def _write_down(self, row: dict[str, Any], verdict: Verdict, loss: float, norm: float) -> None:
         step, plan = row["step"], self.sets.plan
         batch = plan.batch(step)
-        before = [at for at, _ in checkpoints.steps(self.recorder.dir) if at <= step]
         path = guards.write(
             self.recorder.dir,
             guards.BadStep(
@@ -216,7 +215,6 @@ class Run:
                 seed=self.config.train.seed,
                 plan_hash=plan.hash,
                 micro_batch=self.config.parallel.micro_batch,
-                checkpoint=max(before, default=None),
             ),
         )
         self.recorder.report.say(f"step {step} is skipped: {row['skipped']}; `mpdit replay {path}` runs it again")

@@ -99,7 +99,6 @@ BAD = BadStep(
     seed=3,
     plan_hash="abc",
     micro_batch=1,
-    checkpoint=None,
 )
 
 

@@ -48,7 +48,7 @@ def test_one_process_reproduces_what_one_of_two_ranks_met(tiny_set: Path, tmp_pa
     shutil.move(tmp_path / "run", run)
     before, path = digest(run), run / "bad_steps" / f"step_{STEP}.json"
     written = json.loads(path.read_text())
-    assert (written["reason"], written["checkpoint"]) == ("the loss is nan", 3)
+    assert written["reason"] == "the loss is nan"
     assert written["sample_ids"] == batches[STEP].sample_ids.tolist()
 
     shards, (victim, visit) = Shards.open(tiny_set, "train"), pairs[STEP]
