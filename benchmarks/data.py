@@ -1,13 +1,18 @@
-"""Images from shards to tensors: DALI as the trainer uses it, and a PyTorch DataLoader with PIL, on the same files.
+"""From shards to batches: the trainer's loader against a PyTorch DataLoader with PIL, and what caches cost a step.
 
-    python benchmarks/data.py                               # JPEGs of smooth noise, about 50 kB each
+    python benchmarks/data.py                               # JPEGs of smooth noise, about 60 kB each
     python benchmarks/data.py --images FOLDER               # crops of your own photographs
     python benchmarks/data.py --cores 1 --json data.json
 
-Both read the same members of the same tars, decode, resize with a triangle filter that is wide enough not to alias, cut
-out the middle and scale to [-1, 1]. They have equal cores (DALI threads, DataLoader workers) and take turns round by
-round; what counts is images per CPU-second, of the process and all its workers, since waiting for a core that others
-use is not work. The largest difference between their pixels is printed: they do the same.
+Images: both read the same members of the same tars, decode, resize with a triangle filter that is wide enough not to
+alias, cut out the middle and scale to [-1, 1]. They have equal cores (DALI threads, DataLoader workers) and take turns
+round by round after one that does not count; what counts is images per CPU-second, of the process and all its workers,
+since waiting for a core that others use is not work. The largest difference between their pixels is printed: they do
+the same.
+
+Caches: PixArt-alpha of 0.04B with REPA trains on latents, text states and teacher's features of the sizes that
+256 x 256 pictures and T5-XXL have (of small models with random weights), read by memory map. Printed are the share of a
+step that its data takes, and images per CPU-second, for whoever has another step.
 """
 
 import argparse
@@ -30,12 +35,21 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "data"))
-from make_shards import make_shards  # the repository's tests folder is no package of mpdit
+from make_shards import make_shards
 
+import pretrained  # the repository's tests folder is no package of mpdit
+from mpdit import config
+from mpdit.config import Config
 from mpdit.data.loader import Loader
 from mpdit.data.plan import Plan, rows
 from mpdit.data.shards import Shards
+from mpdit.parallel import accel, groups
+from mpdit.train import preflight, session
+from mpdit.train.batches import TrainFeed
+from mpdit.train.sets import Sets
+from mpdit_tools.data.main import main as data_main
 
 Batches = Generator[torch.Tensor, None, None]
 
@@ -135,12 +149,14 @@ def timed(batches: Batches, rounds: int, batch: int) -> tuple[float, float]:
 def measure(shards: Shards, arguments: argparse.Namespace) -> dict[str, Any]:
     first: dict[str, torch.Tensor] = {}
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
-    for _ in range(arguments.rounds):
+    for counts in [False] + [True] * arguments.rounds:
         for name, make in CONTENDERS.items():  # one at a time: the other's workers would decode ahead meanwhile
             with contextlib.closing(make(shards, arguments.size, arguments.batch, arguments.cores)) as batches:
                 first[name] = next(batches)
                 timed(batches, 3, arguments.batch)
-                rates[name].append(timed(batches, arguments.batches, arguments.batch))
+                rate = timed(batches, arguments.batches, arguments.batch)
+                if counts:
+                    rates[name].append(rate)
     difference = (first["DALI"] - first["PIL"]).abs().max().item() * 127.5
     ratios = [a[0] / b[0] for a, b in zip(rates["DALI"], rates["PIL"], strict=True)]
     return {
@@ -154,6 +170,60 @@ def measure(shards: Shards, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+# ---- with caches -----------------------------------------------------------------------------------------------------
+
+
+def cached_config(folder: Path, batch: int) -> Config:
+    """A run whose caches are built, of pictures of smooth noise."""
+    source = folder / "pictures"
+    source.mkdir()
+    for number in range(64):
+        noise(number, 256).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(f"a red square at {number % 10} {number // 10}")
+    data_main(["build", "folder", str(source), "--out", str(folder / "set"), "--size", "256", "--vocab-size", "300"])
+    pretrained.save_vae(folder / "vae", factor=8)
+    pretrained.save_t5(folder / "t5", features=4096)
+    sections: dict[str, Any] = {
+        "model": {"preset": "pixart-0.04b"},
+        "mup": {"base_width": 288},
+        "data": {"path": folder / "set", "text": "t5", "text_model": folder / "t5", "latents": folder / "vae"},
+        "objective": {"kind": "ddpm", "repa_weight": 0.5},
+        "train": {"batch_size": batch},
+        "run": {"dir": folder / "run"},
+    }
+    sections["data"] |= {"mirror": True, "cache": folder / "cache"}
+    (folder / "config.yaml").write_text(json.dumps(sections, default=str))  # JSON is YAML
+    data_main(["cache", str(folder / "config.yaml")])
+    return preflight.check(config.load(folder / "config.yaml"), 1)
+
+
+def with_caches(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = cached_config(folder, arguments.train_batch)
+    accel.enter()
+    groups.start(settings.parallel, settings.train.seed)
+    sets, run = Sets.open(settings), session.build(settings)
+    with contextlib.closing(TrainFeed(settings, sets.train, sets.plan, sets.tokenizer, 0)) as feed:
+
+        def step() -> tuple[float, float]:
+            """Seconds of the data, and of the whole step."""
+            began = time.monotonic()
+            batches = feed.next()
+            had = time.monotonic()
+            run.forward_backward(batches)
+            run.update()
+            run.ema.update()
+            return had - began, time.monotonic() - began
+
+        step()
+        data_s, step_s = (sum(column) for column in zip(*(step() for _ in range(arguments.steps)), strict=True))
+        cpu, rounds = cpu_s(), 50
+        for _ in range(rounds):
+            feed.next()
+        rate = rounds * arguments.train_batch / (cpu_s() - cpu)
+    groups.stop()
+    return {"share": data_s / step_s, "step_s": step_s / arguments.steps, "cached_images_per_cpu_s": rate}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="a folder of pictures; default: smooth noise")
@@ -163,6 +233,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12, help="timed in a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--train-batch", type=int, default=8, help="images a step with caches (%(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="timed with caches (%(default)s)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -174,6 +246,14 @@ def main() -> None:
         print(f"{name:<5} {per_cpu:8.1f} images/CPU-s   {wall:8.1f} images/s")
     print(f"ratio {found['ratio']:.2f}  (rounds: {', '.join(f'{r:.2f}' for r in found['ratios'])})")
     print(f"largest difference of a pixel: {found['largest_difference']:.0f} of 255")
+    torch.set_num_threads(arguments.cores)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        found |= with_caches(Path(folder), arguments)
+    print(
+        f"with caches: {100 * found['share']:.2f} % of a step of {found['step_s']:.2f} s is data "
+        f"(PixArt-alpha of 0.04B, REPA, batch {arguments.train_batch}); "
+        f"{found['cached_images_per_cpu_s']:,.0f} images/CPU-s"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

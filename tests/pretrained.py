@@ -9,8 +9,8 @@ import torch
 WORDS = ["a", "red", "green", "blue", "yellow", "square", "at", *"0123456789"]
 
 
-def save_t5(folder: Path, *, vocab_size: int = 64, seed: int = 0) -> Path:
-    """An encoder of 24 features a token; its tokenizer is sentencepiece, as T5's."""
+def save_t5(folder: Path, *, vocab_size: int = 64, features: int = 24, seed: int = 0) -> Path:
+    """An encoder of so many features a token; its tokenizer is sentencepiece, as T5's."""
     import sentencepiece
     import transformers
 
@@ -21,7 +21,7 @@ def save_t5(folder: Path, *, vocab_size: int = 64, seed: int = 0) -> Path:
             sentence_iterator=iter(WORDS * 8), model_writer=file, vocab_size=60, num_threads=1, **options
         )
     transformers.T5Tokenizer.from_pretrained(folder, extra_ids=0).save_pretrained(folder)
-    sizes = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": vocab_size}
+    sizes = {"d_model": features, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": vocab_size}
     return _save(folder, "T5EncoderModel", transformers.T5Config(**sizes), seed)
 
 

@@ -2,8 +2,8 @@
 
 The rank has laid the files out in memory, file descriptor FD; jobs come as lines of JSON on stdin, answers go to
 stdout. Nothing here can slow the step or hurt a later run: no lock is shared with the training, priority is the
-lowest, it dies with the rank (Linux; elsewhere when stdin ends), and it writes only into the folder that a job names,
-whose name no other try has.
+lowest, it takes no more of a core than it is given until it is told to hurry, it dies with the rank (Linux; elsewhere
+when stdin ends), and it writes only into the folder that a job names, whose name no other try has.
 
 A process of its own and not a thread: on slow storage a thread would keep the rank from ending, and one of low priority
 that holds the interpreter's lock would stop the training. Started and not forked: CUDA, NCCL and DALI do not survive a
@@ -11,13 +11,19 @@ fork. It imports no torch.
 """
 
 import ctypes
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import mmap
 import os
+import select
 import shutil
 import signal
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +31,9 @@ from typing import Any
 from mpdit.train import checkpoints
 
 _BLOCK = 8 * 2**20  # bytes between two signs of life
+_PIECE = 2**20  # bytes between two rests: a millisecond or two, which a step does not notice
 _SMALL = 64 * 2**20  # bytes that need no low priority
+_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 _PR_SET_PDEATHSIG = 1
 # Slurm and terminals send these to every process of a job: what they mean is the rank's to decide.
 _NOT_MINE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -38,15 +46,58 @@ def main(fd: int, parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
         if os.getppid() != parent:  # gone before the promise was made
             return
-    jobs: dict[str, Callable[..., Any]] = {"write": _write, "complete": _complete, "discard": _discard}
-    for line in sys.stdin:
-        job = json.loads(line)
+    orders = _Orders(sys.stdin.fileno())
+    jobs: dict[str, Callable[..., Any]] = {
+        "write": functools.partial(_write, fd, orders),
+        "complete": _complete,
+        "discard": _discard,
+    }
+    while (job := orders.next()) is not None:
         number, do = job.pop("job"), job.pop("do")
         try:
-            answer = {"result": jobs[do](**(job | ({"fd": fd} if do == "write" else {})))}
+            answer = {"result": jobs[do](**job)}
         except Exception as error:  # whatever it is, the rank has to hear of it
             answer = {"error": _reason(error)}
         _say({"job": number, **answer})
+
+
+class _Orders:
+    """What comes in on a pipe: jobs, and ``{"do": "hurry"}``, at which no job before it rests any more."""
+
+    def __init__(self, pipe: int) -> None:
+        self._pipe, self._text, self._ended = pipe, b"", False
+        self._jobs: deque[dict[str, Any]] = deque()
+        self._share, self._used_s = 1.0, 0.0
+
+    def next(self) -> dict[str, Any] | None:
+        """The next job, waited for; None when no more will come."""
+        while not self._jobs and not self._ended:
+            self._read()
+        return self._jobs.popleft() if self._jobs else None
+
+    def work_at(self, share: float) -> None:
+        """Of a core, what the job that begins may take."""
+        self._share, self._used_s = share, time.process_time()
+
+    def rest(self) -> None:
+        """Until the CPU time since the last rest is the job's share of the time since then, or somebody hurries."""
+        used_s, self._used_s = time.process_time() - self._used_s, time.process_time()
+        until = time.monotonic() + used_s * (1 / self._share - 1)
+        while self._share < 1 and not self._ended and (left := until - time.monotonic()) > 0:
+            if select.select([self._pipe], [], [], left)[0]:
+                self._read()
+
+    def _read(self) -> None:
+        data = os.read(self._pipe, 2**16)
+        self._ended = not data
+        *lines, self._text = (self._text + data).split(b"\n")
+        for job in map(json.loads, lines):
+            if job["do"] == "hurry":
+                self._share = 1.0
+                for waiting in self._jobs:
+                    waiting |= {"share": 1.0} if "share" in waiting else {}
+            else:
+                self._jobs.append(job)
 
 
 def _say(value: dict[str, Any]) -> None:
@@ -60,9 +111,13 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _write(fd: int, folder: str, files: dict[str, tuple[int, int]], first: bool) -> dict[str, dict[str, Any]]:
-    """Write name -> (first byte, bytes) of the image; name -> {"bytes", "sha256"}. `first`: of rank 0."""
+def _write(
+    fd: int, orders: _Orders, folder: str, files: dict[str, tuple[int, int]], first: bool, share: float
+) -> dict[str, dict[str, Any]]:
+    """Write name -> (first byte, bytes) of the image; name -> {"bytes", "sha256"}. `first`: of rank 0; `share`: of a
+    core, that it may take."""
     path = Path(folder)
+    orders.work_at(share)
     if sum(size for _, size in files.values()) > _SMALL:
         os.nice(19)
     path.mkdir(parents=True, exist_ok=True)
@@ -79,7 +134,7 @@ def _write(fd: int, folder: str, files: dict[str, tuple[int, int]], first: bool)
             for name, (start, size) in files.items():
                 done.append(path / name)
                 with view[start : start + size] as content:
-                    written[name] = {"bytes": size, "sha256": _file(done[-1], content)}
+                    written[name] = {"bytes": size, "sha256": _file(done[-1], content, orders.rest)}
         return written
     except OSError:
         for file in done:  # room for whatever else the run has to write
@@ -87,23 +142,46 @@ def _write(fd: int, folder: str, files: dict[str, tuple[int, int]], first: bool)
         raise
 
 
-def _file(path: Path, content: memoryview) -> str:
+def _file(path: Path, content: memoryview, rest: Callable[[], None]) -> str:
     """Write and fsync; the SHA-256 of what was to be written, so that a disk which changes it is found out."""
-    sha256 = hashlib.sha256()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    sha256, handle, aligned = hashlib.sha256(), _open(path), mmap.mmap(-1, _PIECE)
     try:
-        for start in range(0, len(content), _BLOCK):
-            with content[start : start + _BLOCK] as block:
-                sha256.update(block)
-                done = 0
-                while done < len(block):
-                    with block[done:] as rest:
-                        done += os.write(handle, rest)
-            _say({})
+        for start in range(0, len(content), _PIECE):
+            with content[start : start + _PIECE] as piece:
+                sha256.update(piece)
+                aligned[: len(piece)] = piece
+                _put(handle, memoryview(aligned)[: len(piece)])
+            rest()
+            if start % _BLOCK == 0:
+                _say({})
         os.fsync(handle)
     finally:
         os.close(handle)
     return sha256.hexdigest()
+
+
+def _open(path: Path) -> int:
+    """For writes past the page cache, where the file system has them: they take a third of the CPU time, and what the
+    training has read stays in memory."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        return os.open(path, flags | _DIRECT, 0o644)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not _DIRECT:
+            raise
+        path.unlink(missing_ok=True)  # Linux makes the file before it refuses
+        return os.open(path, flags, 0o644)
+
+
+def _put(handle: int, data: memoryview) -> None:
+    while data:
+        try:
+            data = data[os.write(handle, data) :]
+        except OSError as error:  # the end of a file is no whole number of blocks; from there on through the cache
+            flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+            if error.errno != errno.EINVAL or not flags & _DIRECT:
+                raise
+            fcntl.fcntl(handle, fcntl.F_SETFL, flags & ~_DIRECT)
 
 
 def _complete(folder: str, final: str, manifest: str, step: int, keep_last: int, keep_every: int) -> list[str]:

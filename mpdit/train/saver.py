@@ -8,21 +8,33 @@ Trouble with memory or storage on any rank gives the save up on all of them, and
 """
 
 import dataclasses
+import os
 import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpdit.config import Config
 from mpdit.errors import CheckFailed
-from mpdit.parallel import groups, packed
-from mpdit.train import checkpoint, checkpoints
+from mpdit.parallel import accel, groups, packed
+from mpdit.train import checkpoint, checkpoints, environment
 from mpdit.train.checkpoint import Position
 from mpdit.train.session import Session
 from mpdit.train.writer import Writer
 
 _PATIENCE_S = 300.0  # without a byte written, after which the storage counts as gone
+_BESIDE = 0.04  # of a machine whose cores all train, for the writers of its ranks together
+
+
+def _share() -> float:
+    """Of a core, what this rank's writer may take: little where every core trains, and steps wait for the slowest."""
+    ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), environment.cores()
+    if accel.is_cuda() or cores > ranks * torch.get_num_threads():
+        return 1.0
+    return _BESIDE * cores / ranks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +135,7 @@ class Saver:
             assert self._image
             self._writer = self._writer or Writer(self._image.fd)
             first = groups.rank() == 0
-            self._writer.submit("write", folder=str(save.folder), files=self._image.files, first=first)
+            self._writer.submit("write", folder=str(save.folder), files=self._image.files, first=first, share=_share())
         save.blocked_s = time.monotonic() - began
 
     def _plan(
@@ -230,6 +242,8 @@ class Saver:
     def wait(self) -> Saved | None:
         """Wait for the save under way; how it ended, None if there is none."""
         saved = None
+        if self._save and self._writer:
+            self._writer.hurry()
         while self.busy and saved is None:
             saved = self.poll()
             if saved is None:

@@ -41,8 +41,15 @@ class Writer:
     def submit(self, do: str, **arguments: Any) -> None:
         self._job += 1
         self.heard = time.monotonic()
+        self._send({"job": self._job, "do": do, **arguments})
+
+    def hurry(self) -> None:
+        """Somebody waits: the job under way takes no rests any more."""
+        self._send({"do": "hurry"})
+
+    def _send(self, line: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # poll says that it has ended
-            self._in.write(json.dumps({"job": self._job, "do": do, **arguments}).encode() + b"\n")
+            self._in.write(json.dumps(line).encode() + b"\n")
             self._in.flush()
 
     def poll(self) -> dict[str, Any] | None:
@@ -69,6 +76,7 @@ class Writer:
 
     def close(self) -> None:
         """Let it finish what it has been given, but not for ever."""
+        self.hurry()
         with contextlib.suppress(OSError):
             self._in.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
