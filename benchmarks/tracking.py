@@ -3,8 +3,8 @@
     python benchmarks/tracking.py        # needs the extra `ui`; about three minutes on two cores
 
 The server (loopback, sqlite) is stopped with SIGSTOP, killed and started again in turns under one run, so that its
-phases are compared within the run; steps while the server itself starts are left out. Then the calls that a step makes:
-Metrics.log, with its fsync thread and the same lines without, and Tracker.log.
+phases are compared within the run; steps while the server itself starts, which takes both cores, are left out. Then the
+calls that a step makes: Metrics.log, with its fsync thread and the same lines without, and Tracker.log.
 """
 
 import argparse
@@ -70,6 +70,7 @@ def run_beside_server(folder: Path, phase_s: float, rounds: int) -> dict[str, li
     try:
         wait_for(lambda: lines() > 20, 300)
         wait_for((folder / "run" / "mlflow_run_id").exists, 120)
+        wait_for(server.quiet, 120)
         for _ in range(rounds):
             for _ in range(_TURNS):  # short ones in turns: the load of other programs drifts
                 phase("answers")
@@ -80,7 +81,7 @@ def run_beside_server(folder: Path, phase_s: float, rounds: int) -> dict[str, li
             phase("is dead")
             phase("is dead")
             server.start()
-            time.sleep(5)
+            wait_for(server.quiet, 120)
     finally:
         training.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
