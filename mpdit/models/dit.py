@@ -71,7 +71,7 @@ class DiT:
         return Embed(self.ctx)
 
     def block(self, index: int) -> nn.Module:
-        return Block(self.ctx)
+        return Block(self.ctx.of_block(index))
 
     def head(self) -> nn.Module:
         return ModulatedHead(self.ctx)

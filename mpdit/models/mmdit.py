@@ -119,7 +119,7 @@ class MMDiT:
         return Embed(self.ctx)
 
     def block(self, index: int) -> nn.Module:
-        return Block(self.ctx, last=index == self.ctx.config.model.depth - 1)
+        return Block(self.ctx.of_block(index), last=index == self.ctx.config.model.depth - 1)
 
     def head(self) -> nn.Module:
         return ModulatedHead(self.ctx)

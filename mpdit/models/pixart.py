@@ -112,7 +112,7 @@ class PixArt:
         return Embed(self.ctx)
 
     def block(self, index: int) -> nn.Module:
-        return Block(self.ctx)
+        return Block(self.ctx.of_block(index))
 
     def head(self) -> nn.Module:
         return Head(self.ctx)

@@ -113,7 +113,7 @@ class UViT:
 
     def block(self, index: int) -> nn.Module:
         half = self.ctx.config.model.depth // 2
-        return Block(self.ctx, takes_skip=index > half, leaves_skip=index < half)
+        return Block(self.ctx.of_block(index), takes_skip=index > half, leaves_skip=index < half)
 
     def head(self) -> nn.Module:
         return Head(self.ctx)

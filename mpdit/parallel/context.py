@@ -12,8 +12,15 @@ from mpdit.mup.roles import Width
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
+    """Of the whole network, or of one block (:meth:`of_block`)."""
+
     config: Config
     megatron: TransformerConfig
+    block: int | None = None
+
+    def of_block(self, index: int) -> "Context":
+        """What layers may want to know of the block they are built for: its number, of the whole network."""
+        return dataclasses.replace(self, block=index)
 
     @property
     def width(self) -> Width:

@@ -5,6 +5,7 @@ its outputs, a row-parallel one over its inputs; both keep Megatron's names. Bia
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from megatron.core import tensor_parallel as tp
@@ -23,15 +24,26 @@ def _mark_sharded(weight: nn.Parameter, dim: int) -> None:
         tp.set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [..., K], w [N, K], b [N] -> x w' + b, [..., N]
+
+
+def _product(ctx: Context) -> Product | None:
+    """How a rank multiplies; None: as Megatron does, whose communication between tensor ranks overlaps with it."""
+    return F.linear if ctx.config.parallel.tp == 1 else None
+
+
 class ColumnLinear(tp.ColumnParallelLinear):
     """[S, B, fan_in] whole -> [S, B, fan_out / tp]: this rank's outputs. Under SP the input is gathered along S."""
 
     def __init__(self, ctx: Context, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
         super().__init__(fan_in, fan_out, config=ctx.megatron, init_method=None, bias=bias, gather_output=False)
+        self.product = _product(ctx)
         _mark_sharded(self.weight, 0)
         declare(self, weight=matrix(fan_out, fan_in), **({"bias": vector(fan_out)} if bias else {}))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
+        if self.product is not None:
+            return self.product(x_SBD, self.weight, self.bias)
         return super().forward(x_SBD)[0]
 
 
@@ -48,10 +60,13 @@ class RowLinear(tp.RowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=False,
         )
+        self.product = _product(ctx)
         _mark_sharded(self.weight, 1)
         declare(self, weight=matrix(fan_out, fan_in, gain=gain), bias=vector(fan_out))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
+        if self.product is not None:
+            return self.product(x_SBD, self.weight, self.bias)
         return super().forward(x_SBD)[0]
 
 
