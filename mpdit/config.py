@@ -105,6 +105,7 @@ class Parallel:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     recompute: Literal["none", "full"] = "none"
+    compile: bool = False  # torch.compile for each block; the first step takes a minute
     micro_batch: int = 0  # images a rank runs at once; 0: its whole share of the batch (pp: a pp-th of it)
     backend: Literal["local"] = "local"
     precision: Literal["fp32", "bf16"] = "fp32"
