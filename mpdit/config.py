@@ -157,6 +157,7 @@ class Train:
     sample_every: int = 0  # steps between sample grids; 0: at the end only
     ema_decay: float = 0.999
     posthoc_ema: tuple[float, ...] = ()  # sigma_rel of averages for `mpdit ema`, as [0.05, 0.1]; 4 bytes a weight each
+    profile_steps: int = 0  # steps that torch's profiler records (`--profile`: 3); RUN/profile has traces and summaries
     posthoc_every: int = 0  # steps between their snapshots in RUN/ema, all kept; 0: with every checkpoint
 
 
