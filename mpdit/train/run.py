@@ -13,7 +13,7 @@ from mpdit.config import Config
 from mpdit.data.loader import Reader
 from mpdit.data.quarantine import FILE, Bad, Quarantine
 from mpdit.errors import CheckFailed
-from mpdit.parallel import groups
+from mpdit.parallel import accel, groups
 from mpdit.sample import grid
 from mpdit.train import batches, cached, checkpoint, guards, session, signals, snapshots
 from mpdit.train.checkpoint import Position
@@ -72,7 +72,9 @@ class Run:
         """To the end. Raises CheckFailed when the run diverges; signals.Stop when, asked to stop, it has saved."""
         self.saver.newest = start or None
         self._set_aside(start)  # a run that was stopped for its bad samples does not go on
-        feed = batches.TrainFeed(self.config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
+        made = batches.TrainFeed(self.config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
+        # A CPU has no time that nobody uses.
+        feed = batches.Ahead(made) if accel.is_cuda() else made
         try:
             for step in range(start, self.config.train.steps):
                 self._whole_step(step, feed)
@@ -87,7 +89,7 @@ class Run:
             self.saver.close()
             feed.close()
 
-    def _whole_step(self, step: int, feed: batches.TrainFeed) -> None:
+    def _whole_step(self, step: int, feed: batches.TrainFeed | batches.Ahead) -> None:
         """A step with what is due after it."""
         train, done = self.config.train, step + 1
         with self.trace.step():
@@ -116,7 +118,7 @@ class Run:
         """Every so many steps, and at the end."""
         return done == self.config.train.steps or (every > 0 and done % every == 0)
 
-    def _step(self, step: int, feed: batches.TrainFeed) -> tuple[dict[str, Any], int]:
+    def _step(self, step: int, feed: batches.TrainFeed | batches.Ahead) -> tuple[dict[str, Any], int]:
         """One step, skipped if it must not reach the weights: its line for metrics.jsonl, and the signal that some rank
         has got, or 0."""
         began = time.monotonic()
