@@ -1,0 +1,169 @@
+"""How tensors lie for the kernels, how many programs work on them, and the launch.
+
+A kernel sees `groups` of `rows`: the rows of one group share their modulation. Of x [S, B, D] with modulation [1, B, D]
+a group is a sample and lies strided by B * D; of x [B, N, D] with [B, 1, D] it is a sample too. Offsets are 64 bits.
+Strides and D reach the kernel as multiples of `VECTOR` numbers where all of them are: then the compiler may load 16
+bytes at once, also where a row is, like head_dim 72, no multiple of the 16 numbers that Triton looks for by itself.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mpdit_kernels import switch
+
+VECTOR = 8  # numbers; 16 bytes of bf16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """x [P, Q, ...] as groups x rows."""
+
+    groups: int
+    rows: int
+    group_dim: int  # of x, 0 or 1
+
+    @classmethod
+    def of(cls, x: Tensor, modulations: Sequence[Tensor] = ()) -> "Rows":
+        """`modulations` [1 or P, 1 or Q, D] vary over one of the two, or over none: then the longer one is the rows."""
+        varying = [dim for dim in (0, 1) if any(m.shape[dim] > 1 for m in modulations)]
+        group_dim = varying[0] if varying else int(x.shape[0] >= x.shape[1])
+        return cls(groups=x.shape[group_dim], rows=x.shape[1 - group_dim], group_dim=group_dim)
+
+    def strides(self, x: Tensor) -> tuple[int, int]:
+        """From group to group and from row to row, in numbers; 0 along what is not longer than 1."""
+        group, row = (x.stride(dim) if x.shape[dim] > 1 else 0 for dim in (self.group_dim, 1 - self.group_dim))
+        return group, row
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x`, its last dimension without gaps."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def vector_of(numbers: Sequence[int]) -> int:
+    """VECTOR if it divides them all, else 1."""
+    return VECTOR if all(number % VECTOR == 0 for number in numbers) else 1
+
+
+def promoted(*tensors: Tensor | None) -> torch.dtype:
+    """The type that PyTorch gives a sum of these."""
+    return functools.reduce(torch.promote_types, [x.dtype for x in tensors if x is not None])
+
+
+def require_known(name: str, x: Tensor) -> None:
+    if not switch.known(x):
+        said = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} is {said}, but Triton's kernels take float32, bfloat16 or float16.")
+
+
+# ---- how many programs ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 1 of what is no GPU, an H100's 132 where the tensors are imagined."""
+    if device.type == "meta":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def rows_a_program(groups: int, rows: int, *, least: int, programs: int) -> int:
+    """How many rows one program takes so that there are about `programs`, and at least `least` rows in each."""
+    return max(least, triton.cdiv(groups * rows, max(1, programs)))
+
+
+# ---- the launch -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Launch:
+    """One launch that did not happen, of tensors on the meta device."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within, launches on meta tensors are written down (what mpdit_kernels.aot compiles)."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
+    """Run `kernel` as `programs` programs; `arguments[0]` is a tensor and says where. Nothing to do for none."""
+    if programs == 0:
+        return
+    device = arguments[0].device
+    if device.type == "meta":
+        if _recorded is not None:
+            _recorded.append(Launch(kernel=kernel, arguments=arguments, constants=constants, warps=warps))
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, num_warps=warps, **constants)
+
+
+# ---- the second stage of sums over rows -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_chunks(
+    partial,
+    out,
+    chunks,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """partial [sums, chunks, D] -> out [sums, D]; the same order of additions every time."""
+    blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    this = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([CHUNKS, COLUMNS], tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        here = partial + (this * chunks + chunk[:, None]) * D + cols[None, :]
+        total += tl.load(here, mask=(chunk[:, None] < chunks) & (cols[None, :] < D), other=0.0)
+    tl.store(out + this * D + cols, tl.sum(total, 0).to(out.dtype.element_ty), mask=cols < D)
+
+
+def sums_over_rows(partial: Tensor, modulations: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of `modulations`, each in its shape and type.
+
+    partial [modulations that are not None, groups, chunks, D], fp32, contiguous.
+    """
+    there = [m for m in modulations if m is not None]
+    if all(m.shape == there[0].shape and m.dtype is there[0].dtype for m in there):
+        sums = iter(_added(partial, len(there), there[0]).unbind())
+    else:
+        sums = iter([_added(part, 1, m)[0] for part, m in zip(partial, there, strict=True)])
+    return [None if m is None else next(sums) for m in modulations]
+
+
+def _added(partial: Tensor, count: int, like: Tensor) -> Tensor:
+    """[count, *like.shape]: partial [..., D] summed over its chunks, and over groups where `like` is one for all."""
+    D = like.shape[-1]
+    out = torch.empty(count, *like.shape, dtype=like.dtype, device=partial.device)
+    sums = out.numel() // D
+    chunks = partial.numel() // D // max(1, sums)
+    columns = min(128, max(16, triton.next_power_of_2(D)))
+    programs = sums * triton.cdiv(D, columns)
+    launch(_add_chunks, programs, partial, out, chunks, D=D, CHUNKS=16, COLUMNS=columns, warps=4)
+    return out
