@@ -1,9 +1,9 @@
 """Which implementation runs: the one switch of this package, for the whole process.
 
 ``use("auto")``, the default, takes Triton for CUDA tensors of the types it knows where the machine can compile it, and
-the reference for all others. ``"torch"`` takes the reference everywhere. ``"triton"`` refuses at once where Triton can't
-run; types it does not know are errors then. Tensors that are not on CUDA go to the reference, with one exception: under
-``TRITON_INTERPRET=1``, which has to be set before Triton is imported, ``"triton"`` takes CPU tensors too.
+the reference for all others. ``"torch"`` takes the reference everywhere. ``"triton"`` refuses at once where Triton
+can't run; types it does not know are errors then. Tensors that are not on CUDA go to the reference, with one exception:
+under ``TRITON_INTERPRET=1``, which has to be set before Triton is imported, ``"triton"`` takes CPU tensors too.
 """
 
 import functools

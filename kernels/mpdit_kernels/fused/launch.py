@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from mpdit_kernels import switch
+from mpdit_kernels.fused.jit.sums import add_chunks
 
 VECTOR = 8  # numbers; 16 bytes of bf16
 
@@ -48,9 +48,9 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def vector_of(numbers: Sequence[int]) -> int:
-    """VECTOR if it divides them all, else 1."""
-    return VECTOR if all(number % VECTOR == 0 for number in numbers) else 1
+def vector_of(numbers: Sequence[int], vector: int = VECTOR) -> int:
+    """`vector` if it divides them all, else 1."""
+    return vector if all(number % vector == 0 for number in numbers) else 1
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:
@@ -64,7 +64,7 @@ def require_known(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} is {said}, but Triton's kernels take float32, bfloat16 or float16.")
 
 
-# ---- how many programs ------------------------------------------------------------------------------------------------
+# ---- how many programs -----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def rows_a_program(groups: int, rows: int, *, least: int, programs: int) -> int:
     return max(least, triton.cdiv(groups * rows, max(1, programs)))
 
 
-# ---- the launch -------------------------------------------------------------------------------------------------------
+# ---- the launch ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,28 +120,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants:
         kernel[(programs,)](*arguments, num_warps=warps, **constants)
 
 
-# ---- the second stage of sums over rows -------------------------------------------------------------------------------
-
-
-@triton.jit
-def _add_chunks(
-    partial,
-    out,
-    chunks,
-    D: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """partial [sums, chunks, D] -> out [sums, D]; the same order of additions every time."""
-    blocks: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
-    this = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([CHUNKS, COLUMNS], tl.float32)
-    for first in range(0, chunks, CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)
-        here = partial + (this * chunks + chunk[:, None]) * D + cols[None, :]
-        total += tl.load(here, mask=(chunk[:, None] < chunks) & (cols[None, :] < D), other=0.0)
-    tl.store(out + this * D + cols, tl.sum(total, 0).to(out.dtype.element_ty), mask=cols < D)
+# ---- the second stage of sums over rows ------------------------------------------------------------------------------
 
 
 def sums_over_rows(partial: Tensor, modulations: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -165,5 +144,5 @@ def _added(partial: Tensor, count: int, like: Tensor) -> Tensor:
     chunks = partial.numel() // D // max(1, sums)
     columns = min(128, max(16, triton.next_power_of_2(D)))
     programs = sums * triton.cdiv(D, columns)
-    launch(_add_chunks, programs, partial, out, chunks, D=D, CHUNKS=16, COLUMNS=columns, warps=4)
+    launch(add_chunks, programs, partial, out, chunks, D=D, CHUNKS=16, COLUMNS=columns, warps=4)
     return out
