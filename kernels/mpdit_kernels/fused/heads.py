@@ -10,12 +10,13 @@ from torch.autograd.function import once_differentiable
 from mpdit_kernels.fused.jit.heads import heads_backward, heads_forward
 from mpdit_kernels.fused.launch import (
     Rows,
+    chunks_of,
     dense,
+    few_rows,
     launch,
     processors,
     promoted,
     require_known,
-    rows_a_program,
     sums_over_rows,
     vector_of,
 )
@@ -51,7 +52,7 @@ class HeadNorm(torch.autograd.Function):
         table, table_vector = _table(layout, cos)
         tile = _tile(block, 16)
         tiles = triton.cdiv(layout.rows * H, tile)
-        chunk = min(rows_a_program(layout.groups, tiles, least=1, programs=processors(x.device) * 64), 4)
+        chunk = few_rows(layout.groups, tiles, programs=processors(x.device) * 64, most=4)
         chunks = triton.cdiv(tiles, chunk)
         launch(
             heads_forward,
@@ -88,13 +89,13 @@ class HeadNorm(torch.autograd.Function):
         table, table_vector = _table(layout, cos)
         tile = _tile(block, 8)
         tiles = triton.cdiv(layout.rows * H, tile)
-        chunk = rows_a_program(layout.groups, tiles, least=4, programs=processors(x.device) * 32)
-        chunks = triton.cdiv(tiles, chunk)
+        chunks = chunks_of(layout.groups, tiles, programs=processors(x.device) * 8)
         partial = torch.empty(1, layout.groups, chunks, D, dtype=torch.float32, device=x.device)
         launch(
             heads_backward,
             layout.groups * chunks,
-            *(x, gain, cos, sin, d_out, dx, partial, layout.rows, chunks, chunk),
+            *(x, gain, cos, sin, d_out, dx, partial),
+            *(layout.rows, chunks, triton.cdiv(tiles, chunks)),
             *(stride // vector for stride in strides),
             *(stride // table_vector for stride in table),
             eps,

@@ -75,9 +75,28 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def rows_a_program(groups: int, rows: int, *, least: int, programs: int) -> int:
-    """How many rows one program takes so that there are about `programs`, and at least `least` rows in each."""
-    return max(least, triton.cdiv(groups * rows, max(1, programs)))
+def few_rows(groups: int, rows: int, *, programs: int, most: int) -> int:
+    """Rows of a program, for kernels that leave nothing behind: so many that there are still `programs` or more."""
+    return max(1, min(most, groups * rows // max(1, programs)))
+
+
+@functools.cache
+def chunks_of(groups: int, rows: int, *, programs: int) -> int:
+    """Into how many chunks to cut a group's rows, for kernels whose programs leave a sum each.
+
+    `programs` run at once. The time of as many rows as one program takes in all rounds, and of what it costs besides,
+    is least; a last round of few programs takes as long as a full one.
+    """
+    most = max(1, min(triton.cdiv(rows, _LEAST_ROWS), triton.cdiv(4 * programs, max(1, groups))))
+
+    def cost(chunks: int) -> int:
+        return triton.cdiv(groups * chunks, programs) * (triton.cdiv(rows, chunks) + _ROWS_A_SUM_COSTS)
+
+    return min(range(1, most + 1), key=cost)
+
+
+_LEAST_ROWS = 8
+_ROWS_A_SUM_COSTS = 8  # assumed: writing and reading a sum, and a program's start, in times of a row
 
 
 # ---- the launch ------------------------------------------------------------------------------------------------------
@@ -142,7 +161,7 @@ def _added(partial: Tensor, count: int, like: Tensor) -> Tensor:
     out = torch.empty(count, *like.shape, dtype=like.dtype, device=partial.device)
     sums = out.numel() // D
     chunks = partial.numel() // D // max(1, sums)
-    columns = min(128, max(16, triton.next_power_of_2(D)))
+    columns = min(64, max(16, triton.next_power_of_2(D)))
     programs = sums * triton.cdiv(D, columns)
-    launch(add_chunks, programs, partial, out, chunks, D=D, CHUNKS=16, COLUMNS=columns, warps=4)
+    launch(add_chunks, programs, partial, out, chunks, D=D, CHUNKS=64, COLUMNS=columns, warps=4)
     return out

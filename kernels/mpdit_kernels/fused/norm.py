@@ -10,12 +10,13 @@ from torch.autograd.function import once_differentiable
 from mpdit_kernels.fused.jit.norm import norm_backward, norm_forward
 from mpdit_kernels.fused.launch import (
     Rows,
+    chunks_of,
     dense,
+    few_rows,
     launch,
     processors,
     promoted,
     require_known,
-    rows_a_program,
     sums_over_rows,
     vector_of,
 )
@@ -65,7 +66,7 @@ class NormModulate(torch.autograd.Function):
         warps = _warps(block, 16)
         # Enough rows a program to keep the modulation for, few enough that programs hide each other's waiting.
         programs = processors(x.device) * 128 // warps
-        chunk = min(rows_a_program(layout.groups, layout.rows, least=1, programs=programs), 16)
+        chunk = few_rows(layout.groups, layout.rows, programs=programs, most=16)
         chunks = triton.cdiv(layout.rows, chunk)
         launch(
             norm_forward,
@@ -104,16 +105,14 @@ class NormModulate(torch.autograd.Function):
         D = r.shape[-1]
         vector, block = vector_of([D, *strides]), triton.next_power_of_2(D)
         warps = _warps(block, 8)
-        programs = processors(r.device) * max(4, 64 // warps)
-        chunk = rows_a_program(layout.groups, layout.rows, least=16, programs=programs)
-        chunks = triton.cdiv(layout.rows, chunk)
+        chunks = chunks_of(layout.groups, layout.rows, programs=processors(r.device) * 16 // warps)
         kinds = 2 if gate is None else 3
         partial = torch.empty(kinds, layout.groups, chunks, D, dtype=torch.float32, device=r.device)
         launch(
             norm_backward,
             layout.groups * chunks,
             *(r, branch, gate, scale, mean, rstd, d_summed, d_out, dx, d_branch, partial),
-            *(layout.rows, chunks, chunk),
+            *(layout.rows, chunks, triton.cdiv(layout.rows, chunks)),
             *(stride // vector for stride in strides),
             multiplier,
             D=D,

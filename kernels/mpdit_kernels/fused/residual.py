@@ -10,12 +10,13 @@ from torch.autograd.function import once_differentiable
 from mpdit_kernels.fused.jit.residual import residual_backward, residual_forward
 from mpdit_kernels.fused.launch import (
     Rows,
+    chunks_of,
     dense,
+    few_rows,
     launch,
     processors,
     promoted,
     require_known,
-    rows_a_program,
     sums_over_rows,
     vector_of,
 )
@@ -46,7 +47,7 @@ class GatedResidual(torch.autograd.Function):
         vector, block = vector_of([D, *strides]), _block(D)
         blocks = triton.cdiv(D, block)
         programs = processors(x.device) * 128 // blocks
-        chunk = min(rows_a_program(layout.groups, layout.rows, least=1, programs=programs), 8)
+        chunk = few_rows(layout.groups, layout.rows, programs=programs, most=8)
         chunks = triton.cdiv(layout.rows, chunk)
         launch(
             residual_forward,
@@ -79,20 +80,21 @@ class GatedResidual(torch.autograd.Function):
         D = branch.shape[-1]
         vector, block = vector_of([D, *strides]), _block(D)
         blocks = triton.cdiv(D, block)
-        programs = processors(branch.device) * 64 // blocks
-        chunk = rows_a_program(layout.groups, layout.rows, least=16, programs=programs)
-        chunks = triton.cdiv(layout.rows, chunk)
+        warps = block // 256
+        programs = max(1, processors(branch.device) * 32 // (warps * blocks))
+        chunks = chunks_of(layout.groups, layout.rows, programs=programs)
         partial = torch.empty(1, layout.groups, chunks, D, dtype=torch.float32, device=branch.device)
         launch(
             residual_backward,
             layout.groups * chunks * blocks,
-            *(gate, branch, d_out, d_branch, partial, layout.rows, chunks, chunk),
+            *(gate, branch, d_out, d_branch, partial),
+            *(layout.rows, chunks, triton.cdiv(layout.rows, chunks)),
             *(stride // vector for stride in strides),
             multiplier,
             D=D,
             BLOCK=block,
             VECTOR=vector,
-            warps=block // 256,
+            warps=warps,
         )
         (d_gate,) = sums_over_rows(partial, [gate])
         return gradients[0].to(x_type), d_gate, d_branch, None
