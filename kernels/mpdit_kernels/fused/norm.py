@@ -53,7 +53,7 @@ class NormModulate(torch.autograd.Function):
         sum_type = promoted(x, branch, gate)
         r = None if branch is None else torch.empty(x.shape, dtype=sum_type, device=x.device)
         out = torch.empty(x.shape, dtype=promoted(x, branch, *modulations), device=x.device)
-        mean, rstd = torch.empty(2, layout.groups * layout.rows, dtype=torch.float32, device=x.device)
+        stats = torch.empty(layout.groups, layout.rows, 2, dtype=torch.float32, device=x.device)
         strides = [
             *layout.strides(x),
             *((0, 0) if branch is None else layout.strides(branch)),
@@ -71,7 +71,7 @@ class NormModulate(torch.autograd.Function):
         launch(
             norm_forward,
             layout.groups * chunks,
-            *(x, branch, gate, shift, scale, r, out, mean, rstd, layout.rows, chunks, chunk),
+            *(x, branch, gate, shift, scale, r, out, stats, layout.rows, chunks, chunk),
             *(stride // vector for stride in strides),
             *(multiplier, eps),
             D=D,
@@ -81,18 +81,18 @@ class NormModulate(torch.autograd.Function):
             STAGES=3 if branch is None else 2,
             warps=warps,
         )
-        ctx.save_for_backward(x if r is None else r, branch, gate, shift, scale, mean, rstd)
-        ctx.settings = layout, multiplier, base, x.dtype
+        ctx.save_for_backward(x if r is None else r, None if gate is None else branch, gate, shift, scale, stats)
+        ctx.settings = layout, multiplier, base, x.dtype, None if branch is None else branch.dtype
         return out if r is None else (r, out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        r, branch, gate, shift, scale, mean, rstd = ctx.saved_tensors
-        layout, multiplier, base, x_type = ctx.settings
-        d_summed, d_out = (None if branch is None else dense(gradients[0])), dense(gradients[-1])
+        r, branch, gate, shift, scale, stats = ctx.saved_tensors
+        layout, multiplier, base, x_type, branch_type = ctx.settings
+        d_summed, d_out = (None if branch_type is None else dense(gradients[0])), dense(gradients[-1])
         dx = torch.empty(r.shape, dtype=x_type, device=r.device)
-        d_branch = None if branch is None else torch.empty(r.shape, dtype=branch.dtype, device=r.device)
+        d_branch = None if branch_type is None else torch.empty(r.shape, dtype=branch_type, device=r.device)
         strides = [
             *layout.strides(r),
             *((0, 0) if branch is None else layout.strides(branch)),
@@ -111,7 +111,7 @@ class NormModulate(torch.autograd.Function):
         launch(
             norm_backward,
             layout.groups * chunks,
-            *(r, branch, gate, scale, mean, rstd, d_summed, d_out, dx, d_branch, partial),
+            *(r, branch, gate, scale, stats, d_summed, d_out, dx, d_branch, partial),
             *(layout.rows, chunks, triton.cdiv(layout.rows, chunks)),
             *(stride // vector for stride in strides),
             multiplier,
@@ -119,8 +119,8 @@ class NormModulate(torch.autograd.Function):
             BLOCK=block,
             VECTOR=vector,
             BASE=base,
-            STAGES=2 if branch is None else 1,
-            REREAD=branch is not None and block > 4096,
+            STAGES=2 if d_summed is None else 1,
+            REREAD=d_summed is not None and block > 4096,
             warps=warps,
         )
         d_shift, d_scale, d_gate = sums_over_rows(partial, [shift, scale, gate])

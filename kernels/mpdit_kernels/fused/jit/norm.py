@@ -24,8 +24,7 @@ def norm_forward(
     scale,
     summed,  # r; None without a branch
     out,
-    mean,
-    rstd,
+    stats,  # [groups; rows; mean and 1 / sqrt(var + eps)]
     rows,
     chunks,  # of a group
     chunk_rows,
@@ -60,8 +59,7 @@ def norm_forward(
     if branch is not None:
         branch += (group * branch_group + row * branch_row) * VECTOR
         summed += (group * out_group + row * out_row) * VECTOR
-    mean += group * rows + row
-    rstd += group * rows + row
+    stats += 2 * (group * rows + row)
     for _ in tl.range(first, tl.minimum(first + chunk_rows, rows), num_stages=STAGES):
         r = tl.load(x + cols, mask=inside, other=0.0).to(tl.float32)
         if branch is not None:
@@ -75,27 +73,25 @@ def norm_forward(
             r = rounded.to(tl.float32)
             branch += tl.cast(branch_row, tl.int64) * VECTOR
             summed += tl.cast(out_row, tl.int64) * VECTOR
-        mu = tl.sum(r, 0) / D
-        centred = tl.where(inside, r - mu, 0.0)
+        mean = tl.sum(r, 0) / D
+        centred = tl.where(inside, r - mean, 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
         y = centred * inverse * factor + offset
         tl.store(out + cols, y.to(out.dtype.element_ty), mask=inside)
-        tl.store(mean, mu)
-        tl.store(rstd, inverse)
+        tl.store(stats, mean)
+        tl.store(stats + 1, inverse)
         x += tl.cast(x_row, tl.int64) * VECTOR
-        mean += 1
-        rstd += 1
+        stats += 2
         out += tl.cast(out_row, tl.int64) * VECTOR
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def norm_backward(
     r,
-    branch,
-    gate,
+    branch,  # None without a gate
+    gate,  # None: 1
     scale,
-    mean,
-    rstd,
+    stats,  # [groups; rows; mean and 1 / sqrt(var + eps)]
     d_summed,  # of r where it is an output; None without a branch
     d_out,
     dx,
@@ -128,35 +124,36 @@ def norm_backward(
     first = tl.program_id(0) % chunks * chunk_rows
     cols = tl.arange(0, BLOCK)
     inside = cols < D
-    scale += group * scale_group * VECTOR + cols
-    r += group * r_group * VECTOR + cols
-    d_out += group * do_group * VECTOR + cols
-    dx += group * dx_group * VECTOR + cols
+    scale += group * scale_group * VECTOR
+    r += group * r_group * VECTOR
+    d_out += group * do_group * VECTOR
+    dx += group * dx_group * VECTOR
+    stats += 2 * group * rows
     to_shift = tl.zeros([BLOCK], tl.float32)
     to_scale = tl.zeros([BLOCK], tl.float32)
-    if branch is None:
-        factor = BASE + tl.load(scale, mask=inside, other=0.0).to(tl.float32)
+    if d_summed is None:
+        factor = BASE + tl.load(scale + cols, mask=inside, other=0.0).to(tl.float32)
     else:
-        branch += group * branch_group * VECTOR + cols
-        d_summed += group * ds_group * VECTOR + cols
-        d_branch += group * dx_group * VECTOR + cols
+        d_summed += group * ds_group * VECTOR
+        d_branch += group * dx_group * VECTOR
     if gate is not None:
-        gate += group * gate_group * VECTOR + cols
+        gate += group * gate_group * VECTOR
+        branch += group * branch_group * VECTOR
         to_gate = tl.zeros([BLOCK], tl.float32)
     for index in tl.range(first, tl.minimum(first + chunk_rows, rows), num_stages=STAGES):
         row = tl.cast(index, tl.int64) * VECTOR
-        dy = tl.load(d_out + row * do_row, mask=inside, other=0.0).to(tl.float32)
-        raw = tl.load(r + row * r_row, mask=inside, other=0.0).to(tl.float32)
-        if branch is not None:
+        dy = tl.load(d_out + row * do_row + cols, mask=inside, other=0.0).to(tl.float32)
+        raw = tl.load(r + row * r_row + cols, mask=inside, other=0.0).to(tl.float32)
+        if d_summed is not None:
             # What comes from far is asked for before the sums, whose barriers no load passes. Modulations come from the
             # first cache in every row: kept in registers, they would not leave enough of them.
-            ds = tl.load(d_summed + row * ds_row, mask=inside, other=0.0)
+            ds = tl.load(d_summed + row * ds_row + cols, mask=inside, other=0.0)
             if gate is not None:
-                b = tl.load(branch + row * branch_row, mask=inside, other=0.0)
-            factor = BASE + tl.load(scale, mask=inside, other=0.0).to(tl.float32)
-        mu = tl.load(mean + group * rows + index)
-        inverse = tl.load(rstd + group * rows + index)
-        n = (raw - mu) * inverse
+                b = tl.load(branch + row * branch_row + cols, mask=inside, other=0.0)
+            factor = BASE + tl.load(scale + cols, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.load(stats + 2 * index)
+        inverse = tl.load(stats + 2 * index + 1)
+        n = (raw - mean) * inverse
         to_shift += dy
         to_scale += dy * n
         dn = dy * factor  # 0 beyond D, where n is not
@@ -164,20 +161,22 @@ def norm_backward(
         along_n = tl.sum(dn * n, 0) / D
         if REREAD:
             # Again out of the first cache: over the sums the widest rows have no room for them in fp32.
-            dy = tl.load(d_out + row * do_row, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            raw = tl.load(r + row * r_row, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            factor = BASE + tl.load(scale, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            n = (raw - mu) * inverse
+            dy = tl.load(d_out + row * do_row + cols, mask=inside, other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
+            raw = tl.load(r + row * r_row + cols, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            factor = BASE + tl.load(scale + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            n = (raw - mean) * inverse
             dn = dy * factor
         dr = (dn - along_one - n * along_n) * inverse
-        if branch is not None:
+        if d_summed is not None:
             dr += ds.to(tl.float32)
             db = dr * multiplier
             if gate is not None:
                 to_gate += db * b.to(tl.float32)
-                db *= tl.load(gate, mask=inside, other=0.0).to(tl.float32)
-            tl.store(d_branch + row * dx_row, db.to(d_branch.dtype.element_ty), mask=inside)
-        tl.store(dx + row * dx_row, dr.to(dx.dtype.element_ty), mask=inside)
+                db *= tl.load(gate + cols, mask=inside, other=0.0).to(tl.float32)
+            tl.store(d_branch + row * dx_row + cols, db.to(d_branch.dtype.element_ty), mask=inside)
+        tl.store(dx + row * dx_row + cols, dr.to(dx.dtype.element_ty), mask=inside)
     kind = tl.num_programs(0).to(tl.int64) * D
     partial += tl.program_id(0).to(tl.int64) * D + cols
     tl.store(partial, to_shift, mask=inside)
