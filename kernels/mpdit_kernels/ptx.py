@@ -4,9 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 _LOAD = re.compile(r"\bld\.global(?:\.\w+|::\w+)*?(?:\.v(\d))?\.[bsuf](\d+)\s+[^\[]*\[\s*(%\w+)")
-_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s+\[[^\]]*\],\s*\[\s*(%\w+)[^\]]*\],\s*(0x[0-9a-f]+|\d+)")
-    r"\bcp\.async\.c[ag]\.shared\.global(?:\.\S+)?\s+\[[^\]]*\],\s*\[\s*(%\w+)[^\]]*\],\s*(0x[0-9a-f]+|\d+)"
-)
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s+\[[^]]*\],\s*\[\s*(%\w+)[^]]*\],\s*(0x[0-9a-f]+|\d+)")
 _PARAMETER = re.compile(r"\bld\.param\.\w+\s+(%\w+),\s*\[\w+_param_(\d+)\]")
 _DEFINITION = re.compile(r"^\s*(?:@!?%\w+\s+)?[a-z]\S*\s+(%rd?\d+),\s*(.*);")
 

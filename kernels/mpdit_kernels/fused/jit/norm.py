@@ -142,8 +142,8 @@ def norm_backward(
         to_gate = tl.zeros([BLOCK], tl.float32)
     for index in tl.range(first, tl.minimum(first + chunk_rows, rows), num_stages=STAGES):
         row = tl.cast(index, tl.int64) * VECTOR
-        dy = tl.load(d_out + row * do_row + cols, mask=inside, other=0.0).to(tl.float32)
-        raw = tl.load(r + row * r_row + cols, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(d_out + row * do_row + cols, mask=inside, other=0.0)
+        raw = tl.load(r + row * r_row + cols, mask=inside, other=0.0)
         if d_summed is not None:
             # What comes from far is asked for before the sums, whose barriers no load passes. Modulations come from the
             # first cache in every row: kept in registers, they would not leave enough of them.
@@ -153,21 +153,19 @@ def norm_backward(
             factor = BASE + tl.load(scale + cols, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(stats + 2 * index)
         inverse = tl.load(stats + 2 * index + 1)
-        n = (raw - mean) * inverse
-        to_shift += dy
-        to_scale += dy * n
-        dn = dy * factor  # 0 beyond D, where n is not
+        n = (raw.to(tl.float32) - mean) * inverse
+        to_shift += dy.to(tl.float32)
+        to_scale += dy.to(tl.float32) * n
+        dn = dy.to(tl.float32) * factor  # 0 beyond D, where n is not
         along_one = tl.sum(dn, 0) / D
         along_n = tl.sum(dn * n, 0) / D
         if REREAD:
             # Again out of the first cache: over the sums the widest rows have no room for them in fp32.
-            dy = tl.load(d_out + row * do_row + cols, mask=inside, other=0.0, eviction_policy="evict_first").to(
-                tl.float32
-            )
-            raw = tl.load(r + row * r_row + cols, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            dy = tl.load(d_out + row * do_row + cols, mask=inside, other=0.0, eviction_policy="evict_first")
+            raw = tl.load(r + row * r_row + cols, mask=inside, other=0.0, eviction_policy="evict_first")
             factor = BASE + tl.load(scale + cols, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-            n = (raw - mean) * inverse
-            dn = dy * factor
+            n = (raw.to(tl.float32) - mean) * inverse
+            dn = dy.to(tl.float32) * factor
         dr = (dn - along_one - n * along_n) * inverse
         if d_summed is not None:
             dr += ds.to(tl.float32)
