@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels import model_runs
 from kernels.cases import HEADS, LAYOUTS, WIDTHS, Rows, rows_errors
 from mpdit_kernels import switch
 
@@ -17,7 +18,7 @@ INTERPRETED = sorted(path.name for path in Path(__file__).with_name("interpreted
 
 
 def test_every_interpreted_file_is_started() -> None:
-    assert INTERPRETED == ["heads.py", "norms.py", "properties.py", "residuals.py"]
+    assert INTERPRETED == ["heads.py", "models.py", "norms.py", "properties.py", "residuals.py"]
 
 
 @pytest.mark.parametrize("file", INTERPRETED)
@@ -103,3 +104,12 @@ def test_offsets_beyond_32_bits() -> None:
     expected = layer_norm_modulate(x[-1:].clone(), one, one)
     assert torch.equal(layer_norm_modulate(x, one, one)[-1:], expected)
     assert torch.equal(gated_residual(x, one, x)[-1], 2 * x[-1])
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", model_runs.ARCHITECTURES)
+def test_losses_of_models_are_those_of_the_references(name: str, precision: str) -> None:
+    plain = model_runs.losses(name, "torch", steps=10, precision=precision)
+    fused = model_runs.losses(name, "triton", steps=10, precision=precision)
+    assert fused == pytest.approx(plain, rel={"fp32": 1e-5, "bf16": 3e-2}[precision])
