@@ -136,7 +136,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants:
             _recorded.append(Launch(kernel=kernel, arguments=arguments, constants=constants, warps=warps))
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*arguments, num_warps=warps, **constants)
+        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)
 
 
 # ---- the second stage of sums over rows ------------------------------------------------------------------------------
