@@ -18,7 +18,7 @@ INTERPRETED = sorted(path.name for path in Path(__file__).with_name("interpreted
 
 
 def test_every_interpreted_file_is_started() -> None:
-    assert INTERPRETED == ["heads.py", "models.py", "norms.py", "properties.py", "residuals.py"]
+    assert INTERPRETED == ["heads.py", "models.py", "norms.py", "properties.py", "residuals.py", "sums.py"]
 
 
 @pytest.mark.parametrize("file", INTERPRETED)
