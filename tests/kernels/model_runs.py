@@ -19,8 +19,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 BATCH = 2
 
 
-def losses(name: str, kernels: str, *, steps: int = 3, precision: str = "fp32") -> list[float]:
-    """Of `steps` steps with AdamW in between, so that they tell of the gradients too."""
+def trained(name: str, kernels: str, *, steps: int, precision: str = "fp32") -> tuple[list[float], list[float]]:
+    """The losses and gradient norms of `steps` steps."""
     from mpdit.parallel import accel, groups
 
     accel.enter()
@@ -30,18 +30,19 @@ def losses(name: str, kernels: str, *, steps: int = 3, precision: str = "fp32") 
 
     tree = copy.deepcopy(tiny.BASE)
     tree["model"] |= {"depth": 3, "vocab_size": 50}
+    tree["optim"] |= {"warmup_steps": 0, "schedule": "constant"}  # else the first update would be none
     for section, values in ARCHITECTURES[name].items():
         tree[section] = {**tree.get(section, {}), **values}
     tree["parallel"] = {"kernels": kernels, "precision": precision, "micro_batch": BATCH}
     config = configs.from_dict(tree)
     run = session.build(config)
     generator = torch.Generator().manual_seed(1)
-    found = []
+    losses, norms = [], []
     for step in range(steps):
         images_BCHW = torch.randn(BATCH, 3, 12, 12, generator=generator)
         text_BL = torch.randint(1, 50, (BATCH, config.model.text_tokens), generator=generator)
         ids, visits = np.arange(BATCH), np.full(BATCH, step)
         batch = batches.noised_batch(config, images_BCHW.to(accel.device()), text_BL.to(accel.device()), ids, visits)
-        found.append(run.forward_backward([batch]))
-        run.update()
-    return found
+        losses.append(run.forward_backward([batch]))
+        norms.append(run.update())
+    return losses, norms
