@@ -40,6 +40,47 @@ def test_the_widest_rows_are_fine_and_heads_that_no_vector_divides_are_not(tmp_p
             assert row["faults"] == ["x is loaded by 2 bytes, not 16", "d_out is loaded by 2 bytes, not 16"]
 
 
+BOUND_BY_TRITON = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from mpdit_kernels import aot
+from mpdit_kernels.fused import residual
+from mpdit_kernels.fused.launch import Launch
+
+
+class Hopper:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+
+def compiled_only(kernel, programs, *arguments, warps, **constants):
+    bound = kernel.warmup(*arguments, grid=(programs,), num_warps=warps, enable_fp_fusion=True, **constants).src
+    ours, _ = aot.source_of(Launch(kernel=kernel, arguments=arguments, constants=constants, warps=warps))
+    assert bound.signature == ours.signature
+    assert bound.constants == ours.constants
+    assert {place: known for place, known in bound.attrs.items() if known} == ours.attrs
+    print(kernel.__name__)
+
+
+driver.set_active(Hopper())
+residual.launch, residual.processors = compiled_only, lambda device: 132
+x = torch.zeros(64, 2, 72, dtype=torch.bfloat16, requires_grad=True)
+gate = torch.zeros(1, 2, 6 * 72, dtype=torch.bfloat16, requires_grad=True).chunk(6, -1)[1]
+residual.residual(x, gate, x, 1.0).sum().backward()
+"""
+
+
+def test_the_gate_compiles_what_a_launch_would(tmp_path: Path) -> None:
+    """Triton itself binds a launch's arguments for a device that is not there: the same types, constants and hints."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", BOUND_BY_TRITON], env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["residual_forward", "residual_backward"], done.stderr
+
+
 @pytest.mark.slow
 def test_all_widths_on_hopper_and_blackwell(tmp_path: Path) -> None:
     done = aot(tmp_path)

@@ -40,11 +40,7 @@ def test_in_the_interpreter(file: str, request: pytest.FixtureRequest) -> None:
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-TYPES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # bounds, relative to the largest value
+TYPES = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # bounds, relative to the largest value
 
 
 @pytest.fixture
@@ -54,10 +50,9 @@ def tritons() -> Iterator[None]:
     switch.use("auto")
 
 
-def on_gpu(function):  # type: ignore[no-untyped-def]
-    for mark in gpu:
-        function = mark(function)
-    return pytest.mark.usefixtures("tritons")(function)
+def on_gpu(test):
+    missing = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(missing(pytest.mark.usefixtures("tritons")(test)))
 
 
 @on_gpu

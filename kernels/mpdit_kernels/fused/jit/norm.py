@@ -7,6 +7,9 @@
 A row lies in the registers of one program from its load to its store. Backward, a program goes through a chunk of one
 group's rows, writes their gradients and adds up its share of those of shift, scale and gate; a second kernel adds the
 shares. r is rounded to its type before it is normalised, as if the sum were an operation of its own.
+
+STAGES is how many rows are under way: those to come are copied into shared memory meanwhile. Forward advances its
+addresses from row to row and backward computes them from the row's number: either takes fewer registers so.
 """
 
 import triton
