@@ -108,6 +108,7 @@ class Parallel:
     compile: bool = False  # torch.compile for each block; the first step takes a minute
     micro_batch: int = 0  # images a rank runs at once; 0: its whole share of the batch (pp: a pp-th of it)
     backend: Literal["local"] = "local"
+    kernels: Literal["auto", "torch", "triton"] = "auto"  # norms, gates, residuals; auto: triton where a GPU can
     precision: Literal["fp32", "bf16"] = "fp32"
 
 

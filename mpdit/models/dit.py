@@ -22,7 +22,7 @@ from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import Modulation, Table
 from mpdit.parallel.stages import Grid, Stream
-from mpdit_kernels.modulate import gated_residual, layer_norm_modulate
+from mpdit_kernels.modulate import gated_residual, gated_residual_modulate, layer_norm_modulate
 
 
 class Embed(nn.Module):
@@ -56,9 +56,10 @@ class Block(nn.Module):
     def forward(self, x_SBD: Tensor, cond_1BD: Tensor) -> tuple[Tensor, Tensor]:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.ada(cond_1BD)
         attn_SBD = self.attn(layer_norm_modulate(x_SBD, shift_attn, scale_attn))
-        x_SBD = gated_residual(x_SBD, gate_attn, attn_SBD, self.residual_multiplier)
-        mlp_SBD = self.mlp(layer_norm_modulate(x_SBD, shift_mlp, scale_mlp))
-        return gated_residual(x_SBD, gate_mlp, mlp_SBD, self.residual_multiplier), cond_1BD
+        x_SBD, normed_SBD = gated_residual_modulate(
+            x_SBD, gate_attn, attn_SBD, shift_mlp, scale_mlp, self.residual_multiplier
+        )
+        return gated_residual(x_SBD, gate_mlp, self.mlp(normed_SBD), self.residual_multiplier), cond_1BD
 
 
 class DiT:

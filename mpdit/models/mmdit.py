@@ -29,7 +29,7 @@ from mpdit.parallel.attention import Attention
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import Modulation, RowLinear
 from mpdit.parallel.stages import Grid, Stream
-from mpdit_kernels.modulate import gated_residual, layer_norm_modulate
+from mpdit_kernels.modulate import gated_residual, gated_residual_modulate, layer_norm_modulate
 
 
 class Embed(nn.Module):
@@ -81,9 +81,10 @@ class StreamBlock(nn.Module):
 
     def residual(self, x_SBD: Tensor, attended_SBD: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x_SBD = gated_residual(x_SBD, gate_attn, self.proj(attended_SBD), self.residual_multiplier)
-        mlp_SBD = self.mlp(layer_norm_modulate(x_SBD, shift_mlp, scale_mlp))
-        return gated_residual(x_SBD, gate_mlp, mlp_SBD, self.residual_multiplier)
+        x_SBD, normed_SBD = gated_residual_modulate(
+            x_SBD, gate_attn, self.proj(attended_SBD), shift_mlp, scale_mlp, self.residual_multiplier
+        )
+        return gated_residual(x_SBD, gate_mlp, self.mlp(normed_SBD), self.residual_multiplier)
 
 
 class Block(nn.Module):

@@ -27,7 +27,7 @@ from mpdit.parallel.attention import Attention
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import ColumnLinear, Modulation, Readout, RowLinear, ScaleShift, Table
 from mpdit.parallel.stages import Grid, Stream
-from mpdit_kernels.modulate import gated_residual, layer_norm_modulate
+from mpdit_kernels.modulate import gated_residual, gated_residual_modulate, layer_norm_modulate
 
 
 class Embed(nn.Module):
@@ -83,9 +83,10 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.scale_shift(cond_7BD[:6])
         attn_SBD = self.attn(layer_norm_modulate(x_SBD, shift_attn, scale_attn))
         x_SBD = gated_residual(x_SBD, gate_attn, attn_SBD, self.residual_multiplier)
-        x_SBD = x_SBD + self.residual_multiplier * self.cross(x_SBD, text_LBD)
-        mlp_SBD = self.mlp(layer_norm_modulate(x_SBD, shift_mlp, scale_mlp))
-        return gated_residual(x_SBD, gate_mlp, mlp_SBD, self.residual_multiplier), text_LBD, cond_7BD
+        x_SBD, normed_SBD = gated_residual_modulate(
+            x_SBD, None, self.cross(x_SBD, text_LBD), shift_mlp, scale_mlp, self.residual_multiplier
+        )
+        return gated_residual(x_SBD, gate_mlp, self.mlp(normed_SBD), self.residual_multiplier), text_LBD, cond_7BD
 
 
 class Head(nn.Module):

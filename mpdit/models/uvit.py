@@ -26,6 +26,7 @@ from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
 from mpdit.parallel.linears import LayerNorm, Positions, Readout, ReplicatedLinear, WholeLinear
 from mpdit.parallel.stages import Grid, Stream
+from mpdit_kernels.modulate import gated_residual
 
 
 class Embed(nn.Module):
@@ -68,8 +69,9 @@ class Block(nn.Module):
     def forward(self, x_TBD: Tensor, *skips: Tensor) -> tuple[Tensor, ...]:
         if self.skip is not None:
             x_TBD, skips = self.skip(cat([x_TBD, skips[0]], -1)), skips[1:]
-        x_TBD = x_TBD + self.residual_multiplier * self.attn(self.norm_1(x_TBD))
-        x_TBD = x_TBD + self.residual_multiplier * self.mlp(self.norm_2(x_TBD))
+        attn_TBD = self.attn(self.norm_1(x_TBD))
+        x_TBD, normed_TBD = self.norm_2.of_sum(x_TBD, attn_TBD, self.residual_multiplier)
+        x_TBD = gated_residual(x_TBD, None, self.mlp(normed_TBD), self.residual_multiplier)
         return (x_TBD, x_TBD, *skips) if self.leaves_skip else (x_TBD, *skips)
 
 

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from mpdit.mup.roles import Group, declare, matrix, table, vector
 from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
+from mpdit_kernels.heads import head_norm
 from mpdit_kernels.linear import linear
+from mpdit_kernels.modulate import layer_norm, residual_layer_norm
 
 
 def _mark_sharded(weight: nn.Parameter, dim: int) -> None:
@@ -184,6 +186,13 @@ class LayerNorm(nn.LayerNorm):
         for parameter in self.parameters():
             parameter.sequence_parallel = tokens_sharded and ctx.megatron.sequence_parallel  # type: ignore[attr-defined]
 
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        return layer_norm(x_SBD, self.weight, self.bias, self.eps)
+
+    def of_sum(self, x_SBD: Tensor, branch_SBD: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
+        """x + multiplier * branch, and its norm."""
+        return residual_layer_norm(x_SBD, branch_SBD, self.weight, self.bias, multiplier, self.eps)
+
 
 class HeadNorm(nn.Module):
     """RMSNorm of queries or keys over head_dim, with a gain shared by all heads.
@@ -199,4 +208,4 @@ class HeadNorm(nn.Module):
         declare(self, weight=vector(head_dim, fill=1.0))
 
     def forward(self, x_SBHd: Tensor) -> Tensor:
-        return F.rms_norm(x_SBHd, self.weight.shape, self.weight, self.eps)
+        return head_norm(x_SBHd, self.weight, self.eps)

@@ -23,6 +23,7 @@ from mpdit.parallel import context, groups, stages
 from mpdit.parallel.context import Context
 from mpdit.sample import samplers
 from mpdit.train import cached, profiles
+from mpdit_kernels import switch
 
 
 def check(config: Config, world: int) -> Config:
@@ -38,6 +39,7 @@ def check(config: Config, world: int) -> Config:
 def without_run_dir(config: Config, world: int) -> Config:
     """:func:`check` for who writes into no run folder. Raises InputError."""
     config = without_data(config, world)
+    _kernels(config)
     train, val = Mixture.open(config.data, "train"), Mixture.open(config.data, "val")
     channels = _pixel_channels(config, train)
     for split in (train, val):
@@ -278,6 +280,14 @@ def _micro_batch(config: Config, data_ranks: int) -> Config:
             f"data-parallel rank in micro-batches of {micro_batch} are {share // micro_batch}."
         )
     return dataclasses.replace(config, parallel=dataclasses.replace(parallel, micro_batch=micro_batch))
+
+
+def _kernels(config: Config) -> None:
+    """Of this machine, so not for a plan or a launch folder, which are made for another one."""
+    if config.parallel.kernels == "triton" and (reason := switch.lacking()):
+        raise InputError(
+            f"parallel.kernels is triton, but {reason}; set it to auto, which takes triton where it runs, or torch."
+        )
 
 
 def _text(config: Config, tokenizer: Tokenizer) -> Config:

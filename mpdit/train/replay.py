@@ -26,7 +26,7 @@ def config_of(path: Path, bad: BadStep, overrides: list[str], world: int) -> Con
     beside = Path(os.path.normpath(path.parent / bad.config))
     tree = configs.read(beside)
     if world == 1:
-        kept = {key: tree.get("parallel", {}).get(key) for key in ("precision", "recompute", "backend")}
+        kept = {key: tree.get("parallel", {}).get(key) for key in ("precision", "recompute", "backend", "kernels")}
         tree["parallel"] = {key: value for key, value in kept.items() if value} | {"micro_batch": bad.micro_batch}
     for assignment in overrides:
         configs.override(tree, assignment)

@@ -21,6 +21,7 @@ from mpdit.sample import draw as sampling
 from mpdit.train import batches, cached
 from mpdit.train.batches import Batch
 from mpdit.train.ema import EMA
+from mpdit_kernels import switch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,8 +145,10 @@ def draw(network: Network, config: Config, prompts: Sequence[str], tokenizer: To
 def build_network(config: Config, *, training: bool = False) -> Network:
     """Stages with the initial weights of (seed, name, global shape), in eval order of the layout. Collective.
 
-    `training`: with what only training needs, REPA's projector. Pictures can be drawn where its teacher is not.
+    `training`: with what only training needs, REPA's projector. Pictures can be drawn where its teacher is not. The
+    process takes the kernels of ``parallel.kernels``, which preflight has looked at.
     """
+    switch.use(config.parallel.kernels)
     ctx = context.build(config)
     parts = models.parts(ctx)
     chunks = stages.build(ctx, parts, repa.auxiliary(ctx, parts) if training else None)

@@ -74,7 +74,7 @@ def test_broken_te_and_foreign_apex_and_no_npm_by_name(tmp_path):
 
 
 def test_answers_without_any_package():
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tools"), str(ROOT / "kernels")])
     done = doctor_process(flags=["-S"], PYTHONPATH=paths)
     assert done.returncode == 1
     assert done.stderr == ""
@@ -120,10 +120,11 @@ def test_states_of_transformer_engine(real, answer, verdict, found):
     assert te.found.startswith(found)
 
 
-def test_cuda_machines(real):
+def test_cuda_machines(real, monkeypatch):
     def machine(*devices, **more):
         return real | {"torch": real["torch"] | {"cuda": "13.0", "driver": 13, "nccl": True, "devices": devices} | more}
 
+    monkeypatch.setattr(doctor.switch, "has_compiler", lambda: True)
     eight = machine(*[H100] * 8)
     assert row(eight, "device").found == "8 x NVIDIA H100 80GB HBM3, 80 GiB, sm_90"
     assert row(eight, "FP8 hardware").verdict == row(eight, "triton").verdict == row(eight, "DALI").verdict == "ok"
@@ -131,10 +132,15 @@ def test_cuda_machines(real):
     closing = doctor.verdict(doctor.diagnose(eight), eight)
     assert closing.startswith("this machine can train: 8 x NVIDIA H100 80GB HBM3 (CUDA), fp32")
     assert "bf16" in closing
+    assert "parallel.kernels auto: triton" in row(eight, "triton").found
+    assert "parallel.kernels auto: torch" in row(real | {"torch": real["torch"] | DRIVERLESS}, "triton").found
     old = machine(T4)
+    assert "parallel.kernels auto: torch, as the GPU is sm_75" in row(old, "triton").found
     assert row(old, "FP8 hardware").verdict == "limited"
     assert doctor.verdict(doctor.diagnose(old), old).endswith("(CUDA), fp32.")
     assert row(machine(H100, driver=12), "DALI").verdict == "limited"
+    monkeypatch.setattr(doctor.switch, "has_compiler", lambda: False)
+    assert row(eight, "triton").todo == "install gcc or clang, or set CC"
     assert row(machine(H100, nccl=False), "backends").verdict == "wrong"
     unseen = real | {"torch": real["torch"] | DRIVERLESS | {"driver": 13}}
     assert row(unseen, "device").todo == "install a CUDA build of torch"

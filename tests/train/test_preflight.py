@@ -63,6 +63,19 @@ def test_what_fits_is_fine(overrides: list[str], tiny_set: Path) -> None:
     check(tiny_set, 4, *overrides)
 
 
+def test_kernels_that_this_machine_cannot_run_are_told(tiny_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where the config is another machine's: `mpdit plan` and `transfer` prepare GPU runs on a laptop."""
+    monkeypatch.setattr("mpdit_kernels.switch.lacking", lambda: "there is no CUDA device")
+    said = refusal(tiny_set, 1, "parallel.kernels=triton")
+    assert said.startswith("parallel.kernels is triton, but there is no CUDA device; set it to auto")
+    check(tiny_set, 1, "parallel.kernels=auto")
+    check(tiny_set, 1, "parallel.kernels=torch")
+
+    from mpdit.train import preflight
+
+    preflight.without_data(tiny.config(tiny_set, "parallel.kernels=triton"), 1)
+
+
 # ---- what is not known before the data is ------------------------------------------------------------------------
 
 

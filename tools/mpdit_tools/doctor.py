@@ -22,6 +22,7 @@ from typing import Literal
 
 from mpdit.parallel.apex import apex_remedy, find_apex
 from mpdit.train.environment import cores, cpu_model, memory
+from mpdit_kernels import switch
 from mpdit_tools.probes import PLAIN, Facts, examine, installed
 
 Verdict = Literal["ok", "limited", "wrong"]
@@ -158,10 +159,14 @@ def _triton(facts: Facts) -> Row:
     row = _package("triton", facts["triton"], "pip install 'triton>=3.6,<3.10'")
     if row.verdict == "wrong":
         return row
-    if (facts["torch"] or {}).get("devices"):
-        return dataclasses.replace(row, found=f"{row.found}, compiles for the GPU")
-    found = f"{row.found}, interpreter only: fused kernels run as their torch references"
-    return dataclasses.replace(row, found=found, verdict="limited")
+    devices = (facts["torch"] or {}).get("devices", [])
+    capabilities = [device["capability"] for device in devices]
+    reason = switch.what_lacks(triton=True, capabilities=capabilities, compiler=switch.has_compiler())
+    if not reason:
+        return dataclasses.replace(row, found=f"{row.found}; parallel.kernels auto: triton, compiled for the GPU")
+    found = f"{row.found}; parallel.kernels auto: torch, as {reason}"
+    todo = "install gcc or clang, or set CC" if capabilities and not switch.has_compiler() else ""
+    return dataclasses.replace(row, found=found, verdict="limited", todo=todo)
 
 
 def _dali(facts: Facts) -> Row:
