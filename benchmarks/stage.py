@@ -7,8 +7,8 @@
 
 Variants are the project's own layers in bf16, Transformer Engine's in bf16, and each FP8 recipe that the GPU has; each
 runs in a process of its own, twice, in turns. A step is `--micro-batches` forward and backward passes and the update.
-FLOPs are the network's own (`mpdit plan`), nothing computed twice; the share is that of the GPU's bf16 peak, in FP8 too.
-The loss gap is of the mean over the last fifth of `--loss-steps` steps on made-up pictures, from the same weights.
+FLOPs are the network's own (`mpdit plan`), nothing computed twice; the share is of the GPU's bf16 peak, in FP8 too. The
+loss gap is of the mean over the last fifth of `--loss-steps` steps on made-up pictures, from the same weights.
 """
 
 import argparse
@@ -42,8 +42,9 @@ def variants(dry_run: bool) -> list[Variant]:
 
     if dry_run:
         return [local("bf16"), local("fp8_emulated")]
-    from mpdit.parallel import fp8_rules
     from mpdit.parallel.te_install import find_te
+
+    from mpdit.parallel import fp8_rules
 
     found = [local("bf16")]
     if find_te().state == "whole":

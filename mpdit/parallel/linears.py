@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from megatron.core import tensor_parallel as tp
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mpdit.mup.roles import Group, declare, matrix, table, vector
 from mpdit.parallel import tokens
