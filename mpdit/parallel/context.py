@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mpdit.config import Config
 from mpdit.mup import rules
 from mpdit.mup.roles import Width
+from mpdit.parallel import fp8_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ class Context:
 
 def build(config: Config) -> Context:
     model, parallel = config.model, config.parallel
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[parallel.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[fp8_rules.stored(parallel.precision)]
     interleaved = parallel.vpp > 1
     recompute = parallel.recompute == "full"
     megatron = TransformerConfig(
@@ -60,9 +61,15 @@ def build(config: Config) -> Context:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        # Which blocks stay in bf16 is our layers' business: Megatron would count its own.
+        fp8=fp8_rules.number_format(parallel.fp8_recipe) if parallel.precision == "fp8" else None,
+        fp8_recipe=parallel.fp8_recipe,
+        fp8_amax_history_len=fp8_rules.AMAX_HISTORY,
+        fp8_amax_compute_algo=fp8_rules.AMAX_ALGORITHM,
         # Weights are drawn by mpdit.parallel.init, so that they do not depend on the layout.
         perform_initialization=False,
         use_cpu_initialization=True,
+        # Of Megatron's own linears, which need apex for it. Transformer Engine's have theirs (optimizer.wrap).
         gradient_accumulation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

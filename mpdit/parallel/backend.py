@@ -1,0 +1,88 @@
+"""The layers that both backends have: this project's own over megatron-core, and Transformer Engine's.
+
+Models build them by these names and never ask which they get. Names, global shapes, muP roles, initial values and the
+marks by which Megatron reduces gradients are the same, so that checkpoints move between backends.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core import tensor_parallel
+from torch import Tensor, nn
+
+from mpdit.parallel import attention, linears
+from mpdit.parallel.context import Context
+
+
+def _te(ctx: Context) -> Any:
+    """Transformer Engine's layers where ``parallel.backend`` is te: importing them takes seconds and needs CUDA."""
+    if ctx.config.parallel.backend != "te":
+        return None
+    from mpdit.parallel import te
+
+    return te
+
+
+def ColumnLinear(ctx: Context, fan_in: int, fan_out: int, *, bias: bool = True) -> nn.Module:
+    """[S, B, fan_in] whole -> [S, B, fan_out / tp]: see :class:`linears.ColumnLinear`."""
+    return (_te(ctx) or linears).ColumnLinear(ctx, fan_in, fan_out, bias=bias)
+
+
+def RowLinear(ctx: Context, fan_in: int, fan_out: int, *, gain: float = 1.0) -> nn.Module:
+    """[S, B, fan_in / tp] -> [S, B, fan_out] summed over the tensor ranks: see :class:`linears.RowLinear`."""
+    return (_te(ctx) or linears).RowLinear(ctx, fan_in, fan_out, gain=gain)
+
+
+def WholeLinear(ctx: Context, fan_in: int, fan_out: int) -> nn.Module:
+    """[S, B, fan_in] -> [S, B, fan_out], sharded within: see :class:`linears.WholeLinear`."""
+    return (_te(ctx) or linears).WholeLinear(ctx, fan_in, fan_out)
+
+
+def LayerNorm(ctx: Context, *, tokens_sharded: bool = True, eps: float = 1e-5) -> nn.Module:
+    """With gain and bias: see :class:`linears.LayerNorm`."""
+    return (_te(ctx) or linears).LayerNorm(ctx, tokens_sharded=tokens_sharded, eps=eps)
+
+
+def Attention(ctx: Context) -> nn.Module:
+    """Of [S, B, H, d] to twice [L, B, H, d] -> [S, B, H * d]: see :class:`attention.Attention`."""
+    return (_te(ctx) or attention).Attention(ctx)
+
+
+def forward_pass(ctx: Context) -> contextlib.AbstractContextManager[Any]:
+    """What a stage's forward pass runs in: FP8 in training, nothing otherwise."""
+    te = _te(ctx)
+    return te.forward_pass(ctx) if te else contextlib.nullcontext()
+
+
+def recomputed(ctx: Context, block: nn.Module, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`block(*streams)`, of which only the streams are kept for the backward pass."""
+    te = _te(ctx)
+    return te.recomputed(ctx, block, streams) if te else tensor_parallel.checkpoint(block, False, *streams)
+
+
+def accumulate_in_buffers(ctx: Context, stages: Sequence[nn.Module]) -> None:
+    """Tell layers that can that their weights have DDP's gradient buffers."""
+    for stage in stages if (te := _te(ctx)) else ():
+        te.accumulate_in_buffers(stage)
+
+
+# ---- what layers keep beside their parameters ------------------------------------------------------------------------
+
+
+def scaled_layers(ctx: Context, stage: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, layer) of those under `stage` that keep FP8 scales from step to step (``fp8_recipe: delayed``)."""
+    te = _te(ctx)
+    return te.scaled_layers(ctx, stage) if te else []
+
+
+def scales(ctx: Context, layer: nn.Module) -> Tensor | None:
+    """fp32 :data:`fp8_rules.SCALES_SHAPE`, the same on all ranks that hold the layer, in any layout; None before its
+    first pass."""
+    te = _te(ctx)
+    return te.scales(layer) if te else None
+
+
+def set_scales(ctx: Context, layer: nn.Module, scales: Tensor) -> None:
+    """Put what :func:`scales` gave back into a layer of :func:`scaled_layers`."""
+    _te(ctx).set_scales(ctx, layer, scales)
