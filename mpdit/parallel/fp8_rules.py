@@ -41,6 +41,11 @@ def quantised(config: Config, block: int | None) -> bool:
     return config.parallel.precision in FP8 and block is not None and ends <= block < config.model.depth - ends
 
 
+def keeps_scales(parallel: Parallel) -> bool:
+    """Whether layers keep FP8 scales from step to step, which then belong into a checkpoint."""
+    return parallel.precision in FP8 and parallel.fp8_recipe == "delayed"
+
+
 def number_format(recipe: str) -> Literal["hybrid", "e4m3"]:
     """hybrid: gradients in e5m2, for their range; scales of few numbers make e4m3 do for all."""
     return "hybrid" if recipe in ("tensorwise", "delayed") else "e4m3"
@@ -93,7 +98,7 @@ def check_rows(config: Config, tokens: int, what: str) -> None:
     )
 
 
-def recipes(capability: tuple[int, int], cuda: tuple[int, int] | None = None) -> tuple[str, ...]:
+def recipes(capability: tuple[int, ...], cuda: tuple[int, ...] | None = None) -> tuple[str, ...]:
     """The values of ``parallel.fp8_recipe`` that a GPU of a compute capability has; `cuda` is torch's, if known."""
     return tuple(
         recipe

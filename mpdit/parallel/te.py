@@ -7,7 +7,8 @@ context-parallel group (Ulysses is ours), and take other arguments in 0.16 than 
 
 In FP8 a pass through a stage in training runs in one autocast (:func:`forward_pass`): with delayed scaling TE reduces
 what it has seen where the outermost one ends, so there may be one alone. A linear that is to stay in bf16 steps out of
-it, and so does attention. Passes without gradients (validation, pictures) are in bf16: their batches have any size.
+it, and so do norms and attention. Passes without gradients (validation, pictures) are in bf16: their batches have any
+size.
 
 Shapes: S tokens (this rank's, under sequence parallelism), L others, B samples, D width, H heads, d head_dim.
 """
@@ -135,7 +136,12 @@ class LayerNorm(te.LayerNorm):
     def __init__(self, ctx: Context, *, tokens_sharded: bool = True, eps: float = 1e-5) -> None:
         partial = tokens_sharded and ctx.megatron.sequence_parallel
         super().__init__(int(ctx.width), eps=eps, sequence_parallel=partial, dtype=ctx.dtype, device="cpu")
+        self.ctx = ctx
         declare(self, weight=vector(ctx.width, fill=1.0), bias=vector(ctx.width))
+
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        with _in_bf16(self.ctx.config):
+            return super().forward(x_SBD)
 
 
 class Attention(attention.Attention):
@@ -172,7 +178,7 @@ def accumulate_in_buffers(stage: nn.Module) -> None:
 
 def scaled_layers(ctx: Context, stage: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, layer) of those that keep scales from step to step."""
-    if ctx.config.parallel.precision != "fp8" or ctx.config.parallel.fp8_recipe != "delayed":
+    if not fp8_rules.keeps_scales(ctx.config.parallel):
         return []
     return [(name, layer) for name, layer in stage.named_modules() if isinstance(layer, _Linear) and layer.quantised]
 

@@ -82,6 +82,7 @@ def building(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         "is_available": lambda: True,
         "current_device": lambda: 0,
         "get_device_capability": lambda *_: capability,
+        "get_device_properties": lambda *_: types.SimpleNamespace(major=capability[0], minor=capability[1]),
         "is_current_stream_capturing": lambda: False,
     }
     with contextlib.ExitStack() as stack:

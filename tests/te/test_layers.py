@@ -37,7 +37,7 @@ def seen(config: Config) -> dict[str, Any]:
     from mpdit.parallel import linears
     from mpdit.parallel.attention import Attention
 
-    ctx, stage = built(config)
+    _, stage = built(config)
     attentions = {name: module for name, module in stage.named_modules() if isinstance(module, Attention)}
     both = (linears.ColumnLinear, linears.RowLinear, te.Linear)
     norms = (linears.LayerNorm, te.LayerNorm)
@@ -141,7 +141,7 @@ def test_recipes_are_what_their_names_say(name: str) -> None:
 
 
 def of_blocks(rank: int, world: int, config: Config) -> tuple[dict[str, bool], dict[str, float], list[str], Any]:
-    """Which linears multiply in FP8, every parameter's forward multiplier, what multiplies its input, the Megatron config."""
+    """Linears: in FP8? Parameters: forward multiplier. Modules that multiply their input. Of Megatron's config."""
     import transformer_engine.pytorch as te
 
     from mpdit.mup.roles import collect
@@ -154,7 +154,8 @@ def of_blocks(rank: int, world: int, config: Config) -> tuple[dict[str, bool], d
     multipliers = {name: entry.rule.multiplier for name, entry in resolve(collect(stage), config).items()}
     scaled = [name for name, module in stage.named_modules() if hasattr(module, "multiplier")]
     groups.stop()
-    megatron = {key: getattr(ctx.megatron, key) for key in ("fp8", "fp8_recipe", "bf16", "tp_comm_overlap", "fp8_param")}
+    keys = ("fp8", "fp8_recipe", "bf16", "tp_comm_overlap", "fp8_param")
+    megatron = {key: getattr(ctx.megatron, key) for key in keys}
     return linears, multipliers, scaled, megatron | {"use_mup": getattr(ctx.megatron, "use_mup", False)}
 
 

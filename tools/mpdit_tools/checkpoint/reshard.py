@@ -127,7 +127,8 @@ def _write(
 def _kinds(stored: sharded.Stored, names: set[str]) -> dict[str, list[str]]:
     """Parameter: what is kept of it (param, exp_avg, ema, ...), in the order in which training writes it."""
     kinds: dict[str, list[str]] = {}
-    for key in stored.shapes:
+    scales = set(checkpoint.scales_keys(stored.shapes, names))
+    for key in (key for key in stored.shapes if key not in scales):
         dots = [index for index, letter in enumerate(key) if letter == "."]
         split = next((index for index in dots if key[index + 1 :] in names), None)
         if split is None:
@@ -166,6 +167,11 @@ def _files(
                         raise InputError(f"{stored.folder}: {chunk.key} is {tuple(whole.shape)}, not {chunk.whole}.")
                     box = tuple(slice(o, o + n) for o, n in zip(chunk.offset, chunk.shape, strict=True))
                     files[index].put(chunk, whole[box])
+        for key in checkpoint.scales_keys(stored.shapes, row[0].shards):
+            scales = stored.read(key)
+            if shares[0].owner(scales.nbytes) == replica[0]:
+                shape = tuple(scales.shape)
+                files[0].put(Chunk(key=key, whole=shape, offset=(0,) * len(shape), shape=shape), scales)
         return [place for file in files for place in file.places]
 
 
