@@ -1,4 +1,4 @@
-"""The environment of these tests has half of Transformer Engine, for real: its Python files without anything compiled."""
+"""These tests' environment has half of Transformer Engine, for real: Python files without anything compiled."""
 
 import json
 import os
