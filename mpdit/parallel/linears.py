@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mpdit.mup.roles import Group, declare, matrix, table, vector
 from mpdit.parallel import tokens
 from mpdit.parallel.context import Context
+from mpdit_kernels.linear import linear
 
 
 def _mark_sharded(weight: nn.Parameter, dim: int) -> None:
@@ -29,7 +30,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [..., K], w [N,
 
 def _product(ctx: Context) -> Product | None:
     """How a rank multiplies; None: as Megatron does, whose communication between tensor ranks overlaps with it."""
-    return F.linear if ctx.config.parallel.tp == 1 else None
+    return linear if ctx.config.parallel.tp == 1 else None
 
 
 class ColumnLinear(tp.ColumnParallelLinear):
@@ -94,13 +95,15 @@ class Modulation(tp.ColumnParallelLinear):
         config = dataclasses.replace(ctx.megatron, sequence_parallel=False)
         super().__init__(ctx.width, parts * ctx.width, config=config, init_method=None, bias=True, gather_output=True)
         _mark_sharded(self.weight, 0)
-        self.parts = parts
+        self.parts, self.product = parts, _product(ctx)
         self.sum_gradient = tokens_sharded and ctx.megatron.sequence_parallel
         gain = 0.0 if ctx.config.mup.adaln_init == "zero" else 1.0
         weight = matrix(parts * ctx.width, ctx.width, group=Group.MODULATION, gain=gain)
         declare(self, weight=weight, bias=vector(parts * ctx.width))
 
     def forward(self, cond_1BD: Tensor) -> tuple[Tensor, ...]:
+        if self.product is not None:
+            return self.product(cond_1BD, self.weight, self.bias).chunk(self.parts, -1)
         y = super().forward(cond_1BD)[0]
         if self.sum_gradient:
             y = tp.copy_to_tensor_model_parallel_region(y)
@@ -134,6 +137,9 @@ class ReplicatedLinear(nn.Linear):
         super().__init__(fan_in, fan_out, dtype=ctx.dtype)
         declare(self, weight=matrix(fan_out, fan_in), bias=vector(fan_out))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
 
 class Readout(nn.Linear):
     """width -> finite: muP's output layer. The multiplier acts on the input and is set from the table."""
@@ -146,7 +152,7 @@ class Readout(nn.Linear):
         declare(self, weight=matrix(fan_out, ctx.width, gain=gain), bias=vector(fan_out))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        return F.linear(x_SBD * self.multiplier, self.weight, self.bias)
+        return linear(x_SBD * self.multiplier, self.weight, self.bias)
 
 
 class Table(nn.Embedding):

@@ -32,7 +32,7 @@ from mpdit.train import checkpoints
 
 _BLOCK = 8 * 2**20  # bytes between two signs of life
 _PIECE = 2**20  # bytes between two rests: a millisecond or two, which a step does not notice
-_SMALL = 64 * 2**20  # bytes that need no low priority
+SMALL = 64 * 2**20  # bytes that are written in no time: no low priority, no rests
 _DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 _PR_SET_PDEATHSIG = 1
 # Slurm and terminals send these to every process of a job: what they mean is the rank's to decide.
@@ -118,7 +118,7 @@ def _write(
     core, that it may take."""
     path = Path(folder)
     orders.work_at(share)
-    if sum(size for _, size in files.values()) > _SMALL:
+    if sum(size for _, size in files.values()) > SMALL:
         os.nice(19)
     path.mkdir(parents=True, exist_ok=True)
     if first:

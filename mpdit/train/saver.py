@@ -20,7 +20,7 @@ import torch
 from mpdit.config import Config
 from mpdit.errors import CheckFailed
 from mpdit.parallel import accel, groups, packed
-from mpdit.train import checkpoint, checkpoints, environment
+from mpdit.train import checkpoint, checkpoints, disk, environment
 from mpdit.train.checkpoint import Position
 from mpdit.train.session import Session
 from mpdit.train.writer import Writer
@@ -29,10 +29,10 @@ _PATIENCE_S = 300.0  # without a byte written, after which the storage counts as
 _BESIDE = 0.04  # of a machine whose cores all train, for the writers of its ranks together
 
 
-def _share() -> float:
+def _share(size: int) -> float:
     """Of a core, what this rank's writer may take: little where every core trains, and steps wait for the slowest."""
     ranks, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), environment.cores()
-    if accel.is_cuda() or cores > ranks * torch.get_num_threads():
+    if size <= disk.SMALL or accel.is_cuda() or cores > ranks * torch.get_num_threads():
         return 1.0
     return _BESIDE * cores / ranks
 
@@ -134,8 +134,9 @@ class Saver:
         else:
             assert self._image
             self._writer = self._writer or Writer(self._image.fd)
-            first = groups.rank() == 0
-            self._writer.submit("write", folder=str(save.folder), files=self._image.files, first=first, share=_share())
+            files, first = self._image.files, groups.rank() == 0
+            share = _share(sum(size for _, size in files.values()))
+            self._writer.submit("write", folder=str(save.folder), files=files, first=first, share=share)
         save.blocked_s = time.monotonic() - began
 
     def _plan(

@@ -152,7 +152,7 @@ def test_mixed_shapes(mixed_set: Path, narrow: None) -> None:
 
 def gradients(rank: int, world: int, config: Config) -> float:
     """The largest difference of a gradient from that of mean(loss + weight * REPA's loss), in units of its largest."""
-    from mpdit.parallel import groups
+    from mpdit.parallel import groups, optimizer
     from mpdit.train import batches, preflight, session
     from mpdit.train.sets import Sets
 
@@ -164,7 +164,7 @@ def gradients(rank: int, world: int, config: Config) -> float:
     micro_batches = feed.next()
     reported = run.forward_backward(micro_batches)
     (stage,) = (chunk.module for chunk in run.network.chunks)
-    found = {name: p.main_grad.clone() for name, p in stage.named_parameters()}
+    found = {name: optimizer.gradient(p).clone() for name, p in stage.named_parameters()}
 
     losses, alignments = [], []
     for micro_batch in micro_batches:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from mpdit.config import Config
 from mpdit.mup.coordcheck import ACTIVATION, CHANGE, GRADIENT, SPECTRAL, UPDATE, Key
 from mpdit.mup.roles import Group, Role, Tag
-from mpdit.parallel import groups, init, tokens
+from mpdit.parallel import groups, init, optimizer, tokens
 from mpdit.parallel.attention import Attention
 from mpdit.train import session
 from mpdit_tools.coordcheck.batch import fixed_batch
@@ -108,7 +108,7 @@ class _Probe:
         self.step = step
         for name, p in self.parameters.items():
             tag = self.table[name].tag
-            self._add(GRADIENT, name, p.main_grad)
+            self._add(GRADIENT, name, optimizer.gradient(p))
             change = p.detach().float() - self.start[name].float()
             if step and _is_looked_up(tag):
                 changed = change[change != 0]
