@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mpdit.config import Config
 from mpdit.mup import rules
 from mpdit.mup.roles import Width
+from mpdit.parallel import fp8_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +37,18 @@ class Context:
         return rules.softmax_scale(self.config.model.head_dim, self.config.mup)
 
     @property
+    def fp8(self) -> bool:
+        """Whether the hidden linears built with this context multiply in FP8."""
+        return fp8_rules.quantised(self.config, self.block)
+
+    @property
     def residual_multiplier(self) -> float:
         return rules.residual_multiplier(self.config)
 
 
 def build(config: Config) -> Context:
     model, parallel = config.model, config.parallel
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[parallel.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[fp8_rules.stored(parallel.precision)]
     interleaved = parallel.vpp > 1
     recompute = parallel.recompute == "full"
     megatron = TransformerConfig(

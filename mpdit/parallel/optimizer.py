@@ -93,7 +93,7 @@ def build(ctx: Context, chunks: Sequence[Any], table: Table) -> tuple[Any, Optim
             adam_beta2=beta2,
             adam_eps=optim.eps,
             clip_grad=optim.clip,
-            bf16=parallel.precision == "bf16",
+            bf16=ctx.dtype is torch.bfloat16,
             params_dtype=ctx.dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,

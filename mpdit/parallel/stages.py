@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from mpdit.config import Config, Model, Parallel
 from mpdit.errors import InputError
 from mpdit.mup.roles import on_residual_branch
+from mpdit.parallel import fp8, fp8_rules
 from mpdit.parallel.context import Context
 
 
@@ -190,7 +191,7 @@ class Stage(MegatronModule):
 
     def _run(self, block: nn.Module, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.ctx.megatron.recompute_granularity == "full" and torch.is_grad_enabled():
-            return tensor_parallel.checkpoint(block, False, *streams)
+            return tensor_parallel.checkpoint(fp8.run_twice(block), False, *streams)
         return block(*streams)
 
     def _pack(self, streams: tuple[Tensor, ...], crossing: Crossing | None) -> Tensor:
@@ -226,7 +227,7 @@ def crossing_note(config: Config, parts: Parts) -> str:
     if not skips:
         return ""
     tokens, of_skips = sum(local_tokens(config, fullest)), sum(local_tokens(config, skips))
-    mb = tokens * config.model.width * (2 if config.parallel.precision == "bf16" else 4) / 1e6
+    mb = tokens * config.model.width * (2 if fp8_rules.stored(config.parallel.precision) == "bf16" else 4) / 1e6
     return (
         f"long skips: each stage boundary carries {tokens} tokens a sample ({mb:.3g} MB), {of_skips} of them of "
         f"{len(skips)} open skips: {tokens / (tokens - of_skips):.0f} times what a network without skips sends."
