@@ -52,12 +52,17 @@ def _block_amax(tiles: Tensor) -> Tensor:
     return torch.maximum(-low, high).amax(1).float()
 
 
+def _quotient(number: float, x: Tensor) -> Tensor:
+    # number / x is number * (1 / x) in torch, rounded twice.
+    return torch.full_like(x, number) / x
+
+
 def scale_of(amax: Tensor, format: torch.dtype, *, power_of_two: bool = False, highest: float = _FP32_MAX) -> Tensor:
     """What takes `amax` to the format's largest value, or at most a factor of two below it (`power_of_two`).
 
     1 for an amax of 0, infinity or nan; `highest` where the quotient is too large for fp32.
     """
-    scale = (largest(format) / amax).clamp(max=highest)
+    scale = _quotient(largest(format), amax).clamp(max=highest)
     if power_of_two:
         scale = (scale.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     return torch.where(amax.isfinite() & (amax > 0), scale, 1.0)
@@ -160,7 +165,7 @@ def next_scales(
     met_N = (last_N != 0) & ~last_N.isnan()
     rolled_HN = history_HN.roll(-1, 0)
     amax_N = torch.where(met_N, last_N if most_recent else rolled_HN.amax(0), 0.0)
-    scale = (largest(format) * 2.0**-margin / amax_N).clamp(max=_FP32_MAX)
+    scale = _quotient(largest(format) * 2.0**-margin, amax_N).clamp(max=_FP32_MAX)
     rolled_HN[0] = 0
     free_HN = torch.where(torch.arange(len(history_HN), device=last_N.device)[:, None] > 0, history_HN, 0.0)
     return (
