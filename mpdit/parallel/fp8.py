@@ -229,7 +229,7 @@ def run_twice(block: Callable[..., Any]) -> Callable[..., Any]:
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
-STATE = ("fp8_scale", "fp8_history")  # kinds in a checkpoint, beside those of a parameter
+STATE = ("fp8_history", "fp8_scale")  # kinds in a checkpoint, beside those of a parameter
 
 
 def products(stages: Sequence[nn.Module]) -> Iterator[tuple[str, Product]]:
@@ -243,7 +243,7 @@ def products(stages: Sequence[nn.Module]) -> Iterator[tuple[str, Product]]:
 def state(stages: Sequence[nn.Module]) -> dict[str, dict[str, Tensor]]:
     """The weight's name: kind: tensor, of all that delayed scaling remembers; the same on all ranks of a stage."""
     return {
-        f"{name}.weight": dict(zip(STATE, (found.scale, found.history), strict=True))
+        f"{name}.weight": dict(zip(STATE, (found.history, found.scale), strict=True))
         for name, found in products(stages)
         if isinstance(found, Delayed)
     }

@@ -38,6 +38,14 @@ def quantised(config: Config, block: int | None) -> bool:
     return config.parallel.precision in FP8 and block is not None and ends <= block < config.model.depth - ends
 
 
+def remembers(config: Config) -> dict[str, Any]:
+    """How the numbers came about that FP8 keeps from step to step; empty where it keeps none."""
+    parallel = config.parallel
+    if parallel.precision not in FP8 or parallel.fp8_recipe != "delayed":
+        return {}
+    return {"fp8_recipe": parallel.fp8_recipe, "history": AMAX_HISTORY, "algorithm": AMAX_ALGORITHM}
+
+
 def check(config: Config) -> None:
     """Backend, blocks and features of `config`. Raises InputError; nothing is asked of another precision."""
     model, parallel = config.model, config.parallel

@@ -1,22 +1,27 @@
 """Codes and scales are to the bit those of Transformer Engine's own Python code and, for MXFP8, of torchao.
 
-In an environment of its own (`make test-te`): the wheel transformer-engine==2.20.2 over a stand-in for its compiled half,
-and torchao==0.18.0. The wheel has references for current scaling and for the update of delayed scaling. That of blockwise
-scaling is in TE's repository alone (tests/pytorch/references); but current scaling's, with power-of-two scales, on each
-block by itself is the same, and the wheel has the way back. MXFP8 has no reference in Python: torchao's RCEIL is its rule.
+In an environment of its own (`make test-te`): the wheel transformer-engine==2.20.2 over a stand-in for its compiled
+half, and torchao==0.18.0. The wheel has references for current scaling and for the update of delayed scaling. That of
+blockwise scaling is in TE's repository alone (tests/pytorch/references): current scaling's with power-of-two scales,
+block by block, is the same, and the way back is in the wheel. MXFP8 has none in Python: torchao's RCEIL is its rule.
+
+WRITE_GOLDENS=1 python -m pytest tests/te -k golden    writes tests/kernels/goldens/fp8.json
 """
 
+import json
 import math
+import os
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import fp8_cases
 from mpdit_kernels import fp8
 from mpdit_kernels.fp8 import E4M3, E5M2, Quantized
 
 pytest.importorskip("transformer_engine")
-from transformer_engine.common.recipe import DelayedScaling
+from transformer_engine.common.recipe import DelayedScaling, MMParams
 from transformer_engine.pytorch import constants, quantization
 from transformer_engine.pytorch.custom_recipes.reference_current_scaling import CurrentScalingQuantizerRef
 from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import Float8BlockwiseQTensorStorage
@@ -54,14 +59,11 @@ def test_current_scaling(shape: tuple[int, int], format: torch.dtype, dtype: tor
 @pytest.mark.parametrize("block", [(1, 128), (128, 128)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_blockwise_scaling(shape: tuple[int, int], block: tuple[int, int], dtype: torch.dtype) -> None:
-    x, reference = drawn(shape, dtype), CurrentScalingQuantizerRef(dtype=E4M3, pow_2_scales=True)
+    x = drawn(shape, dtype)
     ours = fp8.quantize_blocks(x, E4M3, block)
-    for i in range(math.ceil(shape[0] / block[0])):
-        for j in range(math.ceil(shape[1] / block[1])):
-            cut = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
-            theirs = reference.quantize(x[cut].contiguous())
-            assert same(ours.codes[cut], theirs.data)
-            assert torch.equal(ours.inverse[i, j].view(1), theirs.scale)
+    codes, inverse = reference(f"block {block[0]}x{block[1]}", x)
+    assert same(ours.codes, codes)
+    assert torch.equal(ours.inverse, inverse)
     assert torch.equal(ours.dequantized(), _their_dequantized(ours))
 
 
@@ -103,15 +105,12 @@ def test_delayed_scaling(length: int, algorithm: str, margin: int, format: torch
 @pytest.mark.parametrize("shape", [(64, 256), (128, 128), (3, 32)])
 def test_mxfp8(shape: tuple[int, int], dtype: torch.dtype) -> None:
     pytest.importorskip("torchao")
-    from torchao.prototype.mx_formats.config import ScaleCalculationMode
-    from torchao.prototype.mx_formats.mx_tensor import to_mx
-
     for factor in (1.0, 1e-20, 1e20):
         x = drawn(shape, dtype) * factor
-        exponents, codes = to_mx(x, E4M3, 32, ScaleCalculationMode.RCEIL)
+        codes, exponents = reference("mx 1x32", x)
         ours = fp8.quantize_mx(x)
         assert same(ours.codes, codes)
-        assert torch.equal(ours.inverse, exponents.view(torch.uint8))
+        assert torch.equal(ours.inverse, exponents)
 
 
 def test_products_are_those_of_the_reference() -> None:
@@ -121,7 +120,6 @@ def test_products_are_those_of_the_reference() -> None:
 
     accel.enter()
     from mpdit.parallel.fp8 import Tensorwise
-    from transformer_engine.common.recipe import MMParams
 
     x, w, dy = drawn((64, 96), torch.bfloat16), drawn((48, 96), torch.bfloat16, 1), drawn((64, 48), torch.bfloat16, 2)
     x.requires_grad_(), w.requires_grad_()
@@ -139,3 +137,33 @@ def test_products_are_those_of_the_reference() -> None:
         theirs = forward.qgemm(a, b, split, torch.bfloat16, a_scale, b_scale)
         assert ours is not None
         torch.testing.assert_close(ours.detach(), theirs, rtol=2**-7, atol=float(theirs.abs().max()) * 2**-16, msg=name)
+
+
+def reference(kind: str, x_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes [R, C], inverse scales or exponents) by other people's code."""
+    if kind.startswith("mx"):
+        from torchao.prototype.mx_formats.config import ScaleCalculationMode
+        from torchao.prototype.mx_formats.mx_tensor import to_mx
+
+        exponents, codes = to_mx(x_RC, E4M3, 32, ScaleCalculationMode.RCEIL)
+        return codes, exponents.view(torch.uint8)
+    if kind.startswith("tensor"):
+        found = CurrentScalingQuantizerRef(dtype=E5M2 if kind.endswith("e5m2") else E4M3).quantize(x_RC)
+        return found.data, found.scale
+    r, c = (int(side) for side in kind.removeprefix("block ").split("x"))
+    quantizer = CurrentScalingQuantizerRef(dtype=E4M3, pow_2_scales=True)
+    rows, inverse = [], []
+    for strip in x_RC.split(r):
+        blocks = [quantizer.quantize(block.contiguous()) for block in strip.split(c, dim=1)]
+        rows.append(torch.cat([block.data.view(torch.uint8) for block in blocks], 1))
+        inverse.append(torch.cat([block.scale for block in blocks]))
+    return torch.cat(rows).view(E4M3), torch.stack(inverse)
+
+
+def test_the_golden_values_are_those_of_the_references() -> None:
+    pytest.importorskip("torchao")
+    found = {case.name: fp8_cases.golden(*reference(case.kind, fp8_cases.matrix(case))) for case in fp8_cases.cases()}
+    if os.environ.get("WRITE_GOLDENS"):
+        lines = [f"{json.dumps(name)}: {json.dumps(golden)}" for name, golden in found.items()]
+        fp8_cases.GOLDENS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    assert found == json.loads(fp8_cases.GOLDENS.read_text())
