@@ -5,13 +5,13 @@ marks by which Megatron reduces gradients are the same, so that checkpoints move
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from mpdit.parallel import attention, linears
+from mpdit.parallel import attention, fp8, linears
 from mpdit.parallel.context import Context
 
 
@@ -58,7 +58,9 @@ def forward_pass(ctx: Context) -> contextlib.AbstractContextManager[Any]:
 def recomputed(ctx: Context, block: nn.Module, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """`block(*streams)`, of which only the streams are kept for the backward pass."""
     te = _te(ctx)
-    return te.recomputed(ctx, block, streams) if te else tensor_parallel.checkpoint(block, False, *streams)
+    if te:
+        return te.recomputed(ctx, block, streams)
+    return tensor_parallel.checkpoint(fp8.run_twice(block), False, *streams)
 
 
 def accumulate_in_buffers(ctx: Context, stages: Sequence[nn.Module]) -> None:
@@ -67,22 +69,23 @@ def accumulate_in_buffers(ctx: Context, stages: Sequence[nn.Module]) -> None:
         te.accumulate_in_buffers(stage)
 
 
-# ---- what layers keep beside their parameters ------------------------------------------------------------------------
+# ---- what FP8 keeps beside the parameters ----------------------------------------------------------------------------
 
 
-def scaled_layers(ctx: Context, stage: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) of those under `stage` that keep FP8 scales from step to step (``fp8_recipe: delayed``)."""
+def scales(ctx: Context, stages: Sequence[nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """The weight's name: kind (:data:`fp8.STATE`): fp32 tensor, of all that delayed scaling remembers under `stages`,
+    bare or under DDP; the same on all ranks that hold the layer, in any layout and on either backend."""
     te = _te(ctx)
-    return te.scaled_layers(ctx, stage) if te else []
+    return te.scales(ctx, stages) if te else fp8.state(stages)
 
 
-def scales(ctx: Context, layer: nn.Module) -> Tensor | None:
-    """fp32 :data:`fp8_rules.SCALES_SHAPE`, the same on all ranks that hold the layer, in any layout; None before its
-    first pass."""
+def set_scales(ctx: Context, stages: Sequence[nn.Module], kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put back what :func:`scales` gave; what `kept` does not name stays as it is."""
     te = _te(ctx)
-    return te.scales(layer) if te else None
-
-
-def set_scales(ctx: Context, layer: nn.Module, scales: Tensor) -> None:
-    """Put what :func:`scales` gave back into a layer of :func:`scaled_layers`."""
-    _te(ctx).set_scales(ctx, layer, scales)
+    if te:
+        te.set_scales(ctx, stages, kept)
+        return
+    for name, kinds in fp8.state(stages).items():
+        for kind, value in kinds.items():
+            if kind in kept.get(name, {}):
+                value.copy_(kept[name][kind])

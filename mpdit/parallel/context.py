@@ -37,6 +37,16 @@ class Context:
         return rules.softmax_scale(self.config.model.head_dim, self.config.mup)
 
     @property
+    def fp8(self) -> bool:
+        """Whether the hidden linears built with this context multiply in FP8."""
+        return fp8_rules.quantised(self.config, self.block)
+
+    @property
+    def emulates_fp8(self) -> bool:
+        """Whether this project's own linears do."""
+        return self.fp8 and self.config.parallel.precision == "fp8_emulated"
+
+    @property
     def residual_multiplier(self) -> float:
         return rules.residual_multiplier(self.config)
 

@@ -2,24 +2,25 @@
 
 The sizes are Transformer Engine's (2.20): pytorch/utils.py assert_dim_for_fp8_exec before the forward product,
 common/gemm/cublaslt_gemm.cu CanonicalizeGemmInput before the backward ones, where the rows (tokens x samples) are the
-inner dimension, and cuBLAS takes FP8 in strides of 16 bytes. The hardware is pytorch/quantization.py
-check_recipe_support.
+inner dimension, and cuBLAS takes FP8 in strides of 16 bytes; MXFP8Quantizer for its blocks of 32. The hardware is
+pytorch/quantization.py check_recipe_support.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from mpdit.config import Config, Parallel
+from mpdit.config import Config, Parallel, to_dict
 from mpdit.errors import InputError
 
-FP8 = ("fp8",)  # values of parallel.precision under which blocks multiply in FP8
+# Values of parallel.precision under which blocks multiply in FP8, and the backend that does it.
+FP8 = {"fp8": "te", "fp8_emulated": "local"}
 # DelayedScaling's own defaults: a scale is that of the largest value of so many steps.
 AMAX_HISTORY, AMAX_ALGORITHM = 1024, "max"
-# What a layer keeps of it: the scales, then the history; by input, weight, output, and gradients of output and input.
-SCALES_SHAPE = (1 + AMAX_HISTORY, 5)
 
+_ARITHMETIC = ("precision", "backend", "fp8_recipe", "fp8_bf16_blocks")
 _TILE = {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
-_FORWARD_ROWS = 8  # that a rank quantises at once
+_FORWARD_ROWS = {"tensorwise": 8, "delayed": 8, "blockwise": 8, "mxfp8": 32}  # that a rank quantises at once
 _CAPABILITY = {"tensorwise": (8, 9), "delayed": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 _BEYOND = {"mxfp8": (12, 0)}  # the first capability that has it no more
 _CUDA = {"blockwise": (12, 9)}
@@ -30,25 +31,24 @@ def stored(precision: str) -> Literal["fp32", "bf16"]:
     return "fp32" if precision == "fp32" else "bf16"
 
 
-def arithmetic(parallel: Parallel) -> dict[str, Any]:
-    """The keys of `parallel` that say how is computed, whatever the layout."""
-    return {key: getattr(parallel, key) for key in ("precision", "backend", "fp8_recipe", "fp8_bf16_blocks")}
+def arithmetic(parallel: Parallel | Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `parallel`, or of its part of a YAML file, that say how is computed, whatever the layout."""
+    given = to_dict(parallel) if isinstance(parallel, Parallel) else parallel
+    return {key: given[key] for key in _ARITHMETIC if key in given}
 
 
 def quantised(config: Config, block: int | None) -> bool:
-    """Whether the linears of a block, counted from 0, multiply in FP8. `block` None: whatever is in none."""
+    """Whether the linears of a block, counted from 0, multiply in FP8; None: what lies outside of the blocks."""
     ends = config.parallel.fp8_bf16_blocks
     return config.parallel.precision in FP8 and block is not None and ends <= block < config.model.depth - ends
 
 
-def keeps_scales(parallel: Parallel) -> bool:
-    """Whether layers keep FP8 scales from step to step, which then belong into a checkpoint."""
-    return parallel.precision in FP8 and parallel.fp8_recipe == "delayed"
-
-
-def number_format(recipe: str) -> Literal["hybrid", "e4m3"]:
-    """hybrid: gradients in e5m2, for their range; scales of few numbers make e4m3 do for all."""
-    return "hybrid" if recipe in ("tensorwise", "delayed") else "e4m3"
+def remembers(config: Config) -> dict[str, Any]:
+    """How the numbers came about that FP8 keeps from step to step; empty where it keeps none."""
+    parallel = config.parallel
+    if parallel.precision not in FP8 or parallel.fp8_recipe != "delayed":
+        return {}
+    return {"fp8_recipe": parallel.fp8_recipe, "history": AMAX_HISTORY, "algorithm": AMAX_ALGORITHM}
 
 
 def check(config: Config) -> None:
@@ -56,10 +56,14 @@ def check(config: Config) -> None:
     model, parallel = config.model, config.parallel
     if parallel.precision not in FP8:
         return
-    if parallel.backend != "te":
+    backend = FP8[parallel.precision]
+    if parallel.backend != backend:
+        other = next(name for name, of in FP8.items() if of == parallel.backend)
+        who = {"te": "Transformer Engine's linears", "local": "mpdit's own linears"}[backend]
         raise InputError(
-            f"parallel.precision {parallel.precision} is computed by Transformer Engine, but parallel.backend is "
-            f"{parallel.backend}; set parallel.backend=te, on a GPU that has FP8, or parallel.precision=bf16."
+            f"parallel.precision is {parallel.precision}, which {who} do, but parallel.backend is {parallel.backend}; "
+            f"set parallel.backend={backend}{', on a GPU that has FP8' if backend == 'te' else ''}, or "
+            f"parallel.precision={other}."
         )
     if 2 * parallel.fp8_bf16_blocks >= model.depth:
         raise InputError(
@@ -86,16 +90,24 @@ def check_rows(config: Config, tokens: int, what: str) -> None:
         return
     rows, tile = tokens // parallel.cp * parallel.micro_batch, _TILE[parallel.fp8_recipe]
     # Under SP a rank quantises its share of the tokens, which are joined afterwards.
-    own = rows // parallel.tp if parallel.sp else rows
-    if rows % tile == 0 and own % _FORWARD_ROWS == 0:
+    shares = parallel.tp if parallel.sp else 1
+    wanted = math.lcm(tile, _FORWARD_ROWS[parallel.fp8_recipe] * shares)
+    if rows % wanted == 0:
         return
-    wanted = math.lcm(tile, _FORWARD_ROWS * parallel.tp) if parallel.sp else tile
     over = f" over parallel.cp {parallel.cp}" if parallel.cp > 1 else ""
     raise InputError(
         f"{what}{over} x parallel.micro_batch {parallel.micro_batch} = {rows} rows are no multiple of {wanted}, which "
         f"FP8 needs (parallel.fp8_recipe {parallel.fp8_recipe}); choose parallel.micro_batch or the tokens so, or set "
         "parallel.precision=bf16."
     )
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def number_format(recipe: str) -> Literal["hybrid", "e4m3"]:
+    """hybrid: gradients in e5m2, for their range; scales of few numbers make e4m3 do for all."""
+    return "hybrid" if recipe in ("tensorwise", "delayed") else "e4m3"
 
 
 def recipes(capability: tuple[int, ...], cuda: tuple[int, ...] | None = None) -> tuple[str, ...]:

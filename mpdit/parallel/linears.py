@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpdit.mup.roles import Group, declare, matrix, table, vector
-from mpdit.parallel import tokens
+from mpdit.parallel import fp8, tokens
 from mpdit.parallel.context import Context
 from mpdit_kernels.linear import linear
 
@@ -28,9 +28,15 @@ def _mark_sharded(weight: nn.Parameter, dim: int) -> None:
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [..., K], w [N, K], b [N] -> x w' + b, [..., N]
 
 
-def _product(ctx: Context) -> Product | None:
+def _megatrons_or_plain(ctx: Context) -> Product | None:
     """How a rank multiplies; None: as Megatron does, whose communication between tensor ranks overlaps with it."""
     return linear if ctx.config.parallel.tp == 1 else None
+
+
+def _product(ctx: Context, *sharded: fp8.Name) -> Product | None:
+    """The same for hidden linears, which may be in FP8. `sharded`: which of x, w and dy, the gradient of the product,
+    each tensor rank has a part of."""
+    return fp8.product(ctx, frozenset(sharded)) if ctx.emulates_fp8 else _megatrons_or_plain(ctx)
 
 
 class ColumnLinear(tp.ColumnParallelLinear):
@@ -38,14 +44,14 @@ class ColumnLinear(tp.ColumnParallelLinear):
 
     def __init__(self, ctx: Context, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
         super().__init__(fan_in, fan_out, config=ctx.megatron, init_method=None, bias=bias, gather_output=False)
-        self.product = _product(ctx)
+        self.ctx, self.product = ctx, _product(ctx, "w", "dy")
         _mark_sharded(self.weight, 0)
         declare(self, weight=matrix(fan_out, fan_in), **({"bias": vector(fan_out)} if bias else {}))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        if self.product is not None:
-            return self.product(x_SBD, self.weight, self.bias)
-        return super().forward(x_SBD)[0]
+        if self.product is None:
+            return super().forward(x_SBD)[0]
+        return self.product(tokens.whole_input(self.ctx, x_SBD), self.weight, self.bias)
 
 
 class RowLinear(tp.RowParallelLinear):
@@ -61,14 +67,16 @@ class RowLinear(tp.RowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=False,
         )
-        self.product = _product(ctx)
+        self.ctx, self.product = ctx, _product(ctx, "x", "w")
         _mark_sharded(self.weight, 1)
         declare(self, weight=matrix(fan_out, fan_in, gain=gain), bias=vector(fan_out))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        if self.product is not None:
+        if self.product is None:
+            return super().forward(x_SBD)[0]
+        if self.ctx.config.parallel.tp == 1:
             return self.product(x_SBD, self.weight, self.bias)
-        return super().forward(x_SBD)[0]
+        return tokens.summed_output(self.ctx, self.product(x_SBD, self.weight, None)) + self.bias
 
 
 class WholeLinear(ColumnLinear):
@@ -76,7 +84,6 @@ class WholeLinear(ColumnLinear):
 
     def __init__(self, ctx: Context, fan_in: int, fan_out: int) -> None:
         super().__init__(ctx, fan_in, fan_out)
-        self.ctx = ctx
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         y_SBD = super().forward(x_SBD)
@@ -95,7 +102,7 @@ class Modulation(tp.ColumnParallelLinear):
         config = dataclasses.replace(ctx.megatron, sequence_parallel=False)
         super().__init__(ctx.width, parts * ctx.width, config=config, init_method=None, bias=True, gather_output=True)
         _mark_sharded(self.weight, 0)
-        self.parts, self.product = parts, _product(ctx)
+        self.parts, self.product = parts, _megatrons_or_plain(ctx)
         self.sum_gradient = tokens_sharded and ctx.megatron.sequence_parallel
         gain = 0.0 if ctx.config.mup.adaln_init == "zero" else 1.0
         weight = matrix(parts * ctx.width, ctx.width, group=Group.MODULATION, gain=gain)

@@ -228,7 +228,7 @@ def crossing_note(config: Config, parts: Parts) -> str:
     if not skips:
         return ""
     tokens, of_skips = sum(local_tokens(config, fullest)), sum(local_tokens(config, skips))
-    mb = tokens * config.model.width * {"bf16": 2, "fp32": 4}[fp8_rules.stored(config.parallel.precision)] / 1e6
+    mb = tokens * config.model.width * (2 if fp8_rules.stored(config.parallel.precision) == "bf16" else 4) / 1e6
     return (
         f"long skips: each stage boundary carries {tokens} tokens a sample ({mb:.3g} MB), {of_skips} of them of "
         f"{len(skips)} open skips: {tokens / (tokens - of_skips):.0f} times what a network without skips sends."

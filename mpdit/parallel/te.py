@@ -15,6 +15,7 @@ Shapes: S tokens (this rank's, under sequence parallelism), L others, B samples,
 
 import contextlib
 import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from transformer_engine.common import recipe as recipes
 
 from mpdit.config import Config
 from mpdit.mup.roles import declare, matrix, vector
-from mpdit.parallel import attention, fp8_rules, tokens
+from mpdit.parallel import attention, fp8, fp8_rules, tokens
 from mpdit.parallel.context import Context
 
 Autocast = contextlib.AbstractContextManager[Any]
@@ -94,7 +95,7 @@ class _Linear(te.Linear):
             device="cpu",
         )
         self.ctx = ctx
-        self.quantised = fp8_rules.quantised(ctx.config, ctx.block)
+        self.quantised = ctx.fp8
         self.is_first_microbatch = True  # set by Megatron's schedules: then the FP8 weights are made anew
         for parameter in self.parameters():
             parameter.allreduce = True  # over the data ranks, as Megatron marks its own
@@ -174,33 +175,39 @@ def accumulate_in_buffers(stage: nn.Module) -> None:
 
 
 # ---- delayed scaling: what a layer has seen --------------------------------------------------------------------------
+# TE keeps two states: of input, weight and output, and of the gradients of output and input. What is neither an input
+# nor a weight nor an output's gradient is not quantised here, and its numbers stay as they are at first.
+
+_FORWARD, _BACKWARD = "scaling_fwd", "scaling_bwd"
 
 
-def scaled_layers(ctx: Context, stage: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) of those that keep scales from step to step."""
-    if not fp8_rules.keeps_scales(ctx.config.parallel):
-        return []
-    return [(name, layer) for name, layer in stage.named_modules() if isinstance(layer, _Linear) and layer.quantised]
+def scales(ctx: Context, stages: Sequence[nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """See :func:`backend.scales`: of x, w and dy, as :mod:`mpdit.parallel.fp8` has them."""
+    found = {}
+    for name, layer in _scaled(ctx, stages):
+        (scale, history), (scale_back, history_back) = (
+            layer.get_fp8_meta_tensors()[key] for key in (_FORWARD, _BACKWARD)
+        )
+        values = torch.cat([history[:, :2], history_back[:, :1]], 1), torch.cat([scale[:2], scale_back[:1]])
+        found[name] = dict(zip(fp8.STATE, values, strict=True))
+    return found
 
 
-def scales(layer: Any) -> Tensor | None:
-    """Scales, then the history: TE's own tensors, joined. None before the first pass."""
-    kept = layer.get_fp8_meta_tensors()
-    if kept is None:
-        return None
-    (scale, history), (scale_back, history_back) = kept["scaling_fwd"], kept["scaling_bwd"]
-    return torch.cat([torch.cat([scale, scale_back])[None], torch.cat([history, history_back], 1)])
+def set_scales(ctx: Context, stages: Sequence[nn.Module], kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """See :func:`backend.set_scales`."""
+    for name, layer in _scaled(ctx, stages):
+        if set(fp8.STATE) <= kept.get(name, {}).keys():
+            history, scale = (kept[name][kind] for kind in fp8.STATE)
+            forward, backward = layer.fp8_meta[_FORWARD], layer.fp8_meta[_BACKWARD]
+            forward.scale[:2], backward.scale[:1] = scale[:2], scale[2:]
+            forward.amax_history[:, :2], backward.amax_history[:, :1] = history[:, :2], history[:, 2:]
 
 
-def set_scales(ctx: Context, layer: Any, scales: Tensor) -> None:
-    """The inverse of :func:`scales`."""
-    with torch.no_grad(), _in_fp8(ctx.config):
-        layer.init_fp8_metadata()  # as its first pass would
-    forward = len(layer.fp8_meta["scaling_fwd"].scale)
-    scale, history = scales[0], scales[1:]
-    layer.reset_fp8_meta_tensors(
-        {
-            "scaling_fwd": [scale[:forward], history[:, :forward]],
-            "scaling_bwd": [scale[forward:], history[:, forward:]],
-        }
-    )
+def _scaled(ctx: Context, stages: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """(the weight's name, layer) of those that keep scales from step to step, which they then have."""
+    for stage in stages if fp8_rules.remembers(ctx.config) else ():
+        for name, layer in stage.named_modules():
+            if isinstance(layer, _Linear) and layer.quantised:
+                with torch.no_grad(), _in_fp8(ctx.config):
+                    layer.init_fp8_metadata()  # as its first pass would; otherwise nothing
+                yield f"{name.removeprefix('module.')}.weight", layer

@@ -7,7 +7,7 @@ whatever layout, optimizer or precision wrote them, and where the run stands.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from mpdit.train import checkpoints
 from mpdit.train.session import Network, Session
 
 KINDS = ("param", "exp_avg", "exp_avg_sq", "ema")  # of a parameter, in the order in which they are written
-SCALES = "fp8_scales"  # of a layer, after all parameters: plain numbers, where Transformer Engine would pickle them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,16 +40,16 @@ class Position:
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-def _tensors(session: Session) -> Iterator[tuple[str, str, Tensor, nn.Parameter]]:
-    """(kind, name, tensor, parameter), one parameter after another; collective. The tensor is good until the next."""
+def _tensors(session: Session) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """(kind, name, tensor, what lies in the layout as it does), one parameter after another; collective. The tensor is
+    good until the next."""
+    scales = backend.scales(session.network.ctx, session.network.chunks)
     for name, parameter, state in optimizer.whole_state(session.network.ctx, session.network.chunks, session.optimizer):
         for kind, value in (*state.items(), ("ema", session.ema.values[name])):
             yield kind, name, value, parameter
         yield from _averages(session, name, parameter)
-    for name, layer in _scaled_layers(session.network).items():
-        scales = backend.scales(session.network.ctx, layer)
-        if scales is not None:
-            yield SCALES, name, scales, nn.Parameter(scales, requires_grad=False)  # whole on every tensor rank
+        for kind, value in scales.get(name, {}).items():
+            yield kind, name, value, value
 
 
 def _averages(session: Session, name: str, parameter: nn.Parameter) -> Iterator[tuple[str, str, Tensor, nn.Parameter]]:
@@ -69,8 +68,8 @@ def keyed_averages(session: Session) -> Iterator[tuple[str, Tensor, nn.Parameter
         yield from ((f"{kind}.{name}", value, p) for kind, _, value, p in _averages(session, name, first))
 
 
-def keyed(session: Session) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
-    """(the name in a checkpoint, tensor, parameter) of all that this rank holds; collective."""
+def keyed(session: Session) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name in a checkpoint, tensor, what lies in the layout as it does) of all that this rank holds; collective."""
     return ((f"{kind}.{name}", value, parameter) for kind, name, value, parameter in _tensors(session))
 
 
@@ -78,6 +77,7 @@ def state_text(config: Config, position: Position, ranks: int) -> str:
     """state.json: where the run stands, of what network, and who wrote it."""
     state = {"format": checkpoints.FORMAT, **dataclasses.asdict(position), **_network(config)}
     state["posthoc_ema"] = list(config.train.posthoc_ema)
+    state["fp8"] = fp8_rules.remembers(config)
     return json.dumps({**state, "written": written(config, ranks)}, indent=1) + "\n"
 
 
@@ -87,7 +87,7 @@ def written(config: Config, ranks: int) -> dict[str, Any]:
     return {"version": mpdit.__version__, "ranks": ranks, "layout": layout}
 
 
-_LAYOUT = ("tp", "sp", "pp", "vpp", "cp", "distributed_optimizer", "precision", "backend", "fp8_recipe")
+_LAYOUT = ("tp", "sp", "pp", "vpp", "cp", "distributed_optimizer", "precision")
 
 
 def _network(config: Config) -> dict[str, Any]:
@@ -160,45 +160,21 @@ def same_averages(path: Path, config: Config) -> None:
         )
 
 
-def scales_note(path: Path, config: Config) -> str:
-    """What becomes of FP8 scales between a checkpoint and a run that goes on from it; empty if both have them, or none.
-
-    Raises InputError for a metadata file that holds anything but metadata.
-    """
-    has, keeps = any(map(_is_scales, sharded.Stored(path).shapes)), fp8_rules.keeps_scales(config.parallel)
-    if has and not keeps:
-        return f"{path}: its FP8 scales, of parallel.fp8_recipe delayed, are left out."
-    return f"{path}: holds no FP8 scales; those of parallel.fp8_recipe delayed start anew." if keeps > has else ""
-
-
-def _is_scales(key: str) -> bool:
-    return key.startswith(f"{SCALES}.")
-
-
-def scales_keys(stored: Container[str], names: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's keys that are the scales of layers whose parameters are `names`, in their order."""
-    wanted = (f"{SCALES}.{name.removesuffix('.weight')}" for name in names if name.endswith(".weight"))
-    return [key for key in wanted if key in stored]
-
-
 def load(session: Session, path: Path, step: int, skipped: int = 0) -> None:
     """Put a verified checkpoint into a session of any layout; collective. Adam has then taken `step` - `skipped` steps,
     the schedule stands at `step`."""
-    network, layers = session.network, _scaled_layers(session.network)
-    loaded = _read(network, path, KINDS, layers)
-    for name, layer in layers.items():
-        if SCALES in loaded.get(name, {}):
-            backend.set_scales(network.ctx, layer, loaded[name][SCALES])
+    loaded = _read(session.network, path, KINDS)
     with session.settled():
-        optimizer.restore(network.chunks, session.optimizer, loaded, step - skipped)
+        optimizer.restore(session.network.chunks, session.optimizer, loaded, step - skipped)
     for name, value in session.ema.values.items():
         value.copy_(loaded[name]["ema"])
     del loaded
+    _load_scales(session.network, path)
     power = session.ema.power
     power.updates = step - skipped
     for width in power.widths:
         kind = average_kind(width)
-        for name, kinds_of in _read(network, path, (kind,)).items():
+        for name, kinds_of in _read(session.network, path, (kind,)).items():
             power.restore(width, name, kinds_of[kind])
     session.scheduler.num_steps = 0
     session.scheduler.step(step)
@@ -211,37 +187,43 @@ def load_weights(network: Network, path: Path, *, ema: bool) -> None:
     for chunk in network.chunks:
         for name, parameter in chunk.named_parameters():
             parameter.data.copy_(loaded[name][kind])
+    _load_scales(network, path)
 
 
-def _read(
-    network: Network, path: Path, kinds: tuple[str, ...], layers: Collection[str] = ()
-) -> dict[str, dict[str, Any]]:
-    """name -> kind -> tensor, fp32, in this layout's shapes; of `layers` their FP8 scales, where the checkpoint has
-    them."""
-    wanted = {(kind, name): p for name, p in _parameters(network).items() for kind in kinds}
-    if layers:
-        there = sharded.Stored(path).shapes
-        like = nn.Parameter(torch.empty(fp8_rules.SCALES_SHAPE), requires_grad=False)
-        wanted |= {(SCALES, name): like for name in layers if there.get(f"{SCALES}.{name}") == like.shape}
-    flat = sharded.load({f"{kind}.{name}": _target(f"{kind}.{name}", p) for (kind, name), p in wanted.items()}, path)
-    found: dict[str, dict[str, Any]] = {}
-    for kind, name in wanted:
-        found.setdefault(name, {})[kind] = flat[f"{kind}.{name}"]
-    return found
+def note_on_scales(path: Path, config: Config) -> str:
+    """What a person should know of the state of FP8 in a checkpoint that `config` goes on from; often nothing."""
+    theirs, mine = checkpoints.state(path).get("fp8") or {}, fp8_rules.remembers(config)
+    if theirs == mine:
+        return ""
+    left = f"FP8's state in {path} is of {_said(theirs)} and is left out; " if theirs else ""
+    return left + (f"the scales of {_said(mine)} start at 1" if mine else "the run keeps none")
 
 
-def _target(key: str, parameter: nn.Parameter) -> Any:
-    return sharded.tensor(key, torch.empty(parameter.shape, dtype=torch.float32), parameter)
+def _said(remembered: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in remembered.items())
 
 
-def _stages(network: Network) -> list[nn.Module]:
-    """Without DDP around them."""
-    return [getattr(chunk, "module", chunk) if hasattr(chunk, "ddp_config") else chunk for chunk in network.chunks]
+def _load_scales(network: Network, path: Path) -> None:
+    """What delayed scaling remembers, where the checkpoint has it of the same recipe; else as it is at the start."""
+    wanted = backend.scales(network.ctx, network.chunks)
+    if not wanted or checkpoints.state(path).get("fp8") != fp8_rules.remembers(network.ctx.config):
+        return
+    stored = sharded.Stored(path)
+    kept = {  # a block that has come into FP8 since is not in it
+        name: {kind: stored.read(key) for kind in kinds if (key := f"{kind}.{name}") in stored.shapes}
+        for name, kinds in wanted.items()
+    }
+    backend.set_scales(network.ctx, network.chunks, kept)
 
 
-def _parameters(network: Network) -> dict[str, nn.Parameter]:
-    return {name: p for stage in _stages(network) for name, p in stage.named_parameters()}
-
-
-def _scaled_layers(network: Network) -> dict[str, nn.Module]:
-    return {name: layer for stage in _stages(network) for name, layer in backend.scaled_layers(network.ctx, stage)}
+def _read(network: Network, path: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """name -> kind -> tensor, fp32, in this layout's shapes."""
+    modules = [getattr(chunk, "module", chunk) if hasattr(chunk, "ddp_config") else chunk for chunk in network.chunks]
+    named = {name: p for module in modules for name, p in module.named_parameters()}
+    wanted = {
+        f"{kind}.{name}": sharded.tensor(f"{kind}.{name}", torch.empty(p.shape, dtype=torch.float32), p)
+        for name, p in named.items()
+        for kind in kinds
+    }
+    flat = sharded.load(wanted, path)
+    return {name: {kind: flat[f"{kind}.{name}"] for kind in kinds} for name in named}

@@ -44,8 +44,9 @@ def _train(config: Config, asked: Config, sets: Sets) -> None:
     with Signals() as caught, Recorder(config, asked, sets, run.network.table, at.step) as recorder:
         if path is not None:
             recorder.report.say(f"going on from {path} at step {at.step}")
-        scales = checkpoint.scales_note(path, config) if path is not None else ""
-        for note in filter(None, [scales, run.network.note, *cached.notes(sets.autoencoder, sets.tokenizer)]):
+            if note := checkpoint.note_on_scales(path, config):
+                recorder.report.say(note)
+        for note in filter(None, [run.network.note, *cached.notes(sets.autoencoder, sets.tokenizer)]):
             recorder.report.say(note)
         try:
             with Watchdog(config.guard, caught, at.step) as watch:

@@ -19,8 +19,9 @@ from mpdit.models import repa
 from mpdit.mup import rules
 from mpdit.mup.roles import Group
 from mpdit.objective import repa as teachers
-from mpdit.parallel import context, groups, stages
+from mpdit.parallel import context, fp8_rules, groups, stages
 from mpdit.parallel.context import Context
+from mpdit.parallel.stages import Grid
 from mpdit.sample import samplers
 from mpdit.train import cached, profiles
 
@@ -48,7 +49,9 @@ def without_run_dir(config: Config, world: int) -> Config:
 
 def without_data(config: Config, world: int) -> Config:
     """:func:`check` of all that needs no data set: numbers, model, layout, the micro-batch. Raises InputError."""
-    return _micro_batch(config, layout(config, world))
+    config = _micro_batch(config, layout(config, world))
+    _rows(config)
+    return config
 
 
 def layout(config: Config, world: int) -> int:
@@ -58,6 +61,7 @@ def layout(config: Config, world: int) -> int:
     _network(config)
     data_ranks = groups.data_parallel_size(config.parallel, world)
     stages.split(config)
+    fp8_rules.check(config)
     ctx = context.build(config)
     models.crossing(ctx)
     _image_sizes(ctx)
@@ -87,7 +91,14 @@ _BOUNDS = {
     ),
     **dict.fromkeys(
         (
-            *("parallel.micro_batch", "data.workers", "train.save_every", "train.val_every", "train.sample_every"),
+            *(
+                "parallel.fp8_bf16_blocks",
+                "parallel.micro_batch",
+                "data.workers",
+                "train.save_every",
+                "train.val_every",
+                "train.sample_every",
+            ),
             *("train.keep_last", "train.keep_every", "train.posthoc_every", "model.vocab_size", "model.text_dim"),
             *("model.pooled_dim", "optim.warmup_steps", "optim.decay_steps"),
             *("objective.repa_weight", "objective.repa_block", "guard.spike_factor", "guard.max_rollbacks"),
@@ -278,6 +289,18 @@ def _micro_batch(config: Config, data_ranks: int) -> Config:
             f"data-parallel rank in micro-batches of {micro_batch} are {share // micro_batch}."
         )
     return dataclasses.replace(config, parallel=dataclasses.replace(parallel, micro_batch=micro_batch))
+
+
+def _rows(config: Config) -> None:
+    """What FP8's products multiply in training: the tokens of every stream that a block takes, of every image shape."""
+    model = config.model
+    parts = models.parts(context.build(config))
+    blocks = [index for index in range(model.depth) if fp8_rules.quantised(config, index)]
+    for height, width in config.data.buckets or ((0, 0),):
+        bucket = f"data.buckets [{height}, {width}] in patches of model.patch {model.patch}" if height else ""
+        grid = Grid.of(model, height, width, bucket)
+        for stream in {s.name: s for block in blocks for s in parts.streams(block, grid) if s.split}.values():
+            fp8_rules.check_rows(config, stream.tokens, f"{stream.keys} = {stream.tokens} {stream.name} tokens")
 
 
 def _text(config: Config, tokenizer: Tokenizer) -> Config:

@@ -14,16 +14,22 @@ import tiny
 from mpdit.config import Config
 
 DELAYED = {**FP8, "fp8_recipe": "delayed"}
+EMULATED = {"backend": "local", "precision": "fp8_emulated", "fp8_recipe": "delayed"}
 BF16 = {"backend": "local", "precision": "bf16"}
 LAYERS = 4 * 2  # of a DiT's block, in its two inner blocks
 
 
-def of_layer(name: str) -> torch.Tensor:
-    """Numbers of its own for each layer, other than any default."""
-    from mpdit.parallel import fp8_rules
+Kept = dict[str, dict[str, torch.Tensor]]
 
-    draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return torch.rand(fp8_rules.SCALES_SHAPE, generator=draw) + 0.5
+
+def drawn(kept: Kept) -> Kept:
+    """Numbers of its own for each layer, other than any default."""
+
+    def one(name: str, kind: str, shape: torch.Size) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{kind}.{name}".encode()))
+        return torch.rand(shape, generator=draw) + 0.5
+
+    return {name: {kind: one(name, kind, v.shape) for kind, v in kinds.items()} for name, kinds in kept.items()}
 
 
 class Bench:
@@ -39,22 +45,22 @@ class Bench:
         self.config, self.folder = config, Path(config.run.dir)
         self.ctx, self.chunks = self.run.network.ctx, [chunk.module for chunk in self.run.network.chunks]
 
-    def layers(self) -> dict[str, Any]:
+    def scales(self) -> Kept:
         from mpdit.parallel import backend
 
-        return {name: layer for chunk in self.chunks for name, layer in backend.scaled_layers(self.ctx, chunk)}
-
-    def scales(self) -> dict[str, torch.Tensor | None]:
-        from mpdit.parallel import backend
-
-        return {name: backend.scales(self.ctx, layer) for name, layer in self.layers().items()}
+        with stub.building():
+            return {
+                name: {kind: value.clone() for kind, value in kinds.items()}
+                for name, kinds in backend.scales(self.ctx, self.chunks).items()
+            }
 
     def save(self) -> str | None:
         from mpdit.train import saver
         from mpdit.train.checkpoint import Position
 
         writer = saver.Saver(self.folder, lambda _: None)
-        writer.begin(self.run, self.config, Position(step=1, plan_hash="p", tokenizer_sha256="t"))
+        with stub.building():
+            writer.begin(self.run, self.config, Position(step=1, plan_hash="p", tokenizer_sha256="t"))
         error = writer.wait().error
         writer.close()
         return error
@@ -66,23 +72,23 @@ class Bench:
         path = self.folder / "checkpoints" / "step_1"
         with stub.building():
             checkpoint.load(self.run, path, 1)
-        return checkpoint.scales_note(path, self.config)
+        return checkpoint.note_on_scales(path, self.config)
 
 
-def written(rank: int, world: int, config: Config) -> tuple[str | None, list[bool]]:
+def written(rank: int, world: int, config: Config) -> tuple[str | None, Kept]:
+    """How the save ended, and what the scales were before they were drawn."""
     from mpdit.parallel import backend, groups
 
     bench = Bench(config)
-    before = [value is None for value in bench.scales().values()]
-    for name, layer in bench.layers().items():
-        with stub.building():
-            backend.set_scales(bench.ctx, layer, of_layer(name))
+    before = bench.scales()
+    with stub.building():
+        backend.set_scales(bench.ctx, bench.chunks, drawn(before))
     error = bench.save()
     groups.stop()
     return error, before
 
 
-def read(rank: int, world: int, config: Config) -> tuple[str, dict[str, torch.Tensor | None]]:
+def read(rank: int, world: int, config: Config) -> tuple[str, Kept]:
     from mpdit.parallel import groups
 
     bench = Bench(config)
@@ -95,61 +101,93 @@ def of(folder: Path, **parallel: Any) -> Config:
     return tiny.with_run_dir(config("dit", **parallel), folder)
 
 
+def same(one: Kept, other: Kept) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name][kind]) for name, kinds in one.items() for kind, value in kinds.items()
+    )
+
+
+def at_first(kept: Kept) -> bool:
+    shapes = {"fp8_history": (1024, 3), "fp8_scale": (3,)}
+    assert {name: {kind: tuple(v.shape) for kind, v in kinds.items()} for name, kinds in kept.items()} == dict.fromkeys(
+        kept, shapes
+    )
+    return all(bool((kinds["fp8_scale"] == 1).all() and (kinds["fp8_history"] == 0).all()) for kinds in kept.values())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two tensor ranks."""
     folder = tmp_path_factory.mktemp("run")
-    for error, unseen in ranks.run(2, written, config=of(folder, **DELAYED, tp=2)):
+    for error, before in ranks.run(2, written, config=of(folder, **DELAYED, tp=2)):
         assert error is None
-        assert unseen == [True] * LAYERS, "before the first pass there is nothing to keep"
+        assert at_first(before)
+        assert len(before) == LAYERS
     return folder
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("world", "layout"),
-    [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {"distributed_optimizer": True})],
-    ids=["one rank", "TP2 + SP", "PP2", "DP2"],
+    ("world", "parallel"),
+    [
+        (1, DELAYED),
+        (2, {**DELAYED, "tp": 2, "sp": True}),
+        (2, {**DELAYED, "pp": 2}),
+        (2, {**DELAYED, "distributed_optimizer": True}),
+        (1, EMULATED),
+        (2, {**EMULATED, "tp": 2}),
+    ],
+    ids=["one rank", "TP2 + SP", "PP2", "DP2", "emulated", "emulated, TP2"],
 )
-def test_scales_are_read_into_any_layout(world: int, layout: dict[str, Any], folder: Path) -> None:
-    found = ranks.run(world, read, config=of(folder, **DELAYED, **layout))
+def test_scales_are_read_into_any_layout_and_the_emulation(world: int, parallel: dict[str, Any], folder: Path) -> None:
+    found = ranks.run(world, read, config=of(folder, **parallel))
     assert {note for note, _ in found} == {""}
-    every = {name: scales for _, of_rank in found for name, scales in of_rank.items()}
+    every = {name: kinds for _, of_rank in found for name, kinds in of_rank.items()}
     assert len(every) == LAYERS
-    for name, scales in every.items():
-        assert scales is not None
-        assert torch.equal(scales, of_layer(name)), name
+    assert same(every, drawn(every))
+
+
+@pytest.mark.dist
+def test_scales_of_the_emulation_are_read_by_transformer_engine(tmp_path: Path) -> None:
+    (error, before), *_ = ranks.run(1, written, config=of(tmp_path, **EMULATED))
+    assert (error, at_first(before)) == (None, True)
+    note, found = ranks.run(1, read, config=of(tmp_path, **DELAYED))[0]
+    assert note == ""
+    assert len(found) == LAYERS
+    assert same(found, drawn(found))
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("parallel", [BF16, FP8, {**BF16, "backend": "te"}], ids=["local", "tensorwise", "te bf16"])
 def test_scales_of_another_recipe_are_left_out_with_a_word(parallel: dict[str, Any], folder: Path) -> None:
     note, scales = ranks.run(1, read, config=of(folder, **parallel))[0]
-    assert note == f"{folder / 'checkpoints/step_1'}: its FP8 scales, of parallel.fp8_recipe delayed, are left out."
+    assert "is left out" in note
+    assert "fp8_recipe delayed" in note
     assert scales == {}
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("parallel", [BF16, FP8], ids=["local", "tensorwise"])
 def test_scales_that_are_not_there_start_anew_with_a_word(parallel: dict[str, Any], tmp_path: Path) -> None:
-    assert ranks.run(1, written, config=of(tmp_path, **parallel)) == [(None, [])]
+    assert ranks.run(1, written, config=of(tmp_path, **parallel)) == [(None, {})]
     note, scales = ranks.run(2, read, config=of(tmp_path, **DELAYED, tp=2))[0]
-    assert note.endswith("step_1: holds no FP8 scales; those of parallel.fp8_recipe delayed start anew.")
-    assert scales.keys() == {name for name in scales if scales[name] is None} != set()
+    assert "start at 1" in note
+    assert at_first(scales)
+    assert len(scales) == LAYERS
 
 
 @pytest.mark.dist
 def test_a_checkpoint_holds_numbers_alone(folder: Path) -> None:
-    """No pickle of TE's: every tensor is fp32, and every file reads as weights only."""
+    """No pickle of TE's: its metadata are metadata, and every tensor reads as weights only."""
     from mpdit.parallel import sharded
 
     path = folder / "checkpoints" / "step_1"
     sharded.refuse_code(path / ".metadata")
     stored = sharded.Stored(path)
-    scales = {key for key in stored.shapes if key.startswith("fp8_scales.")}
-    assert len(scales) == LAYERS
-    for key in scales:
-        assert torch.equal(stored.read(key), of_layer(key.removeprefix("fp8_scales.")))
+    scales = [key for key in stored.shapes if key.startswith("fp8_")]
+    assert len(scales) == 2 * LAYERS
+    assert all(bool((stored.read(key) >= 0.5).all()) for key in scales)
+    assert [key for key in stored.shapes if "extra_state" in key] == []
 
 
 @pytest.mark.dist

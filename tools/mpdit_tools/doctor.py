@@ -299,7 +299,7 @@ def verdict(rows: list[Row], facts: Facts) -> str:
     names = ", ".join(sorted({device["name"] for device in devices}))
     where = f"{len(devices)} x {names} (CUDA)" if devices else "CPU"
     precision = "fp32, bf16 and fp8" if fp8 else "fp32 and bf16" if bf16 else "fp32"
-    return f"this machine can train: {where}, {precision}."
+    return f"this machine can train: {where}, {precision} (fp8_emulated, slowly, on any)."
 
 
 def _print(rows: list[Row]) -> None:

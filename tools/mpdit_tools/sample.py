@@ -12,6 +12,7 @@ from mpdit import config as configs
 from mpdit.config import Config
 from mpdit.data import text
 from mpdit.errors import InputError
+from mpdit.parallel import fp8_rules
 
 if TYPE_CHECKING:
     from mpdit.train.checkpoint import Position
@@ -101,7 +102,7 @@ def sample_config(arguments: Arguments) -> Config:
             f"{arguments.run}: is no run folder, it has no config.yaml; give the run.dir of a training run."
         )
     tree = configs.to_dict(configs.load(path))
-    tree["parallel"] = {"precision": tree["parallel"]["precision"]}
+    tree["parallel"] = fp8_rules.arithmetic(tree["parallel"])
     options = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}
     tree["sample"].update({key: value for key, value in options.items() if value is not None})
     if arguments.size is not None:

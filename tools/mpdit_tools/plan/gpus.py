@@ -76,7 +76,7 @@ class Machine:
     gpu: GPU
     efficiency: Efficiency
     gpus_per_node: int
-    precision: str  # bf16 | fp32
+    precision: str  # of the products: those of fp8_emulated are fp32's
 
     @classmethod
     def of(cls, gpu: str, config: Config, gpus_per_node: int = 8, calibration: Path | None = None) -> "Machine":

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from mpdit.config import Config
+from mpdit.parallel import fp8_rules
 from mpdit.parallel.schedule import Task, order
 from mpdit_tools.plan.pieces import Chunk, Part
 
@@ -40,7 +41,7 @@ def of_rank(config: Config, chunks: Sequence[Chunk], stage: int, micro_batches: 
     parallel = config.parallel
     mine = {chunk.index: chunk for chunk in chunks if chunk.index % parallel.pp == stage}
     count = sum(chunk.parameters for chunk in mine.values())
-    half = parallel.precision == "bf16"
+    half = fp8_rules.stored(parallel.precision) == "bf16"
     shards = data_ranks * parallel.cp if parallel.distributed_optimizer else 1
     saved, received, working = _schedule(config, mine, order(parallel, stage, micro_batches))
     return Memory(

@@ -18,7 +18,7 @@ from mpdit.data import buckets
 from mpdit.data.buckets import Size
 from mpdit.models import repa
 from mpdit.models.layers import Inputs
-from mpdit.parallel import context, imagined, stages
+from mpdit.parallel import context, fp8_rules, imagined, stages
 from mpdit.parallel.stages import Grid, Parts, Stage, Stream
 from mpdit.train import batches
 from mpdit.train.batches import Batch
@@ -87,7 +87,7 @@ def measure(config: Config, size: Size | None = None) -> list[Part]:
 
 def measure_whole(config: Config, size: Size | None = None) -> list[Part]:
     """:func:`measure` on a single rank with the same micro-batch: what has to be done, whatever a layout adds."""
-    alone = Parallel(micro_batch=config.parallel.micro_batch, precision=config.parallel.precision)
+    alone = Parallel(micro_batch=config.parallel.micro_batch, **fp8_rules.arithmetic(config.parallel))
     return measure(dataclasses.replace(config, parallel=alone), size)
 
 

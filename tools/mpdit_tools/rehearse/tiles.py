@@ -9,7 +9,7 @@ from mpdit.config import Config, Parallel
 from mpdit.errors import CheckFailed
 from mpdit.models import repa
 from mpdit.mup.roles import Role, Tag, collect
-from mpdit.parallel import context, imagined, stages
+from mpdit.parallel import context, fp8_rules, imagined, stages
 from mpdit.parallel.stages import Stage
 
 
@@ -62,7 +62,7 @@ def _shards(chunk: Stage) -> Iterator[tuple[str, Shard]]:
 
 def whole(config: Config) -> dict[str, Tag]:
     """Every parameter of the model as one rank alone would build it."""
-    alone = dataclasses.replace(config, parallel=Parallel(precision=config.parallel.precision))
+    alone = dataclasses.replace(config, parallel=Parallel(**fp8_rules.arithmetic(config.parallel)))
     (only,) = held(alone)
     return {name: shard.tag for name, shard in only.shards.items()}
 
