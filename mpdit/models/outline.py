@@ -16,7 +16,7 @@ def outline(config: Config) -> dict[str, Tag]:
     The layout in `config` is left aside: groups of a single rank have to be up (mpdit.parallel.groups.start). Raises
     InputError for a parameter without a role.
     """
-    whole = dataclasses.replace(config, parallel=Parallel(**fp8_rules.arithmetic(config.parallel)))
+    whole = dataclasses.replace(config, parallel=Parallel(precision=fp8_rules.stored(config.parallel.precision)))
     ctx = context.build(whole)
     with torch.device("meta"):
         (stage,) = stages.build(ctx, parts(ctx), repa.auxiliary(ctx, parts(ctx)))

@@ -37,6 +37,20 @@ def arithmetic(parallel: Parallel | Mapping[str, Any]) -> dict[str, Any]:
     return {key: given[key] for key in _ARITHMETIC if key in given}
 
 
+def said(parallel: Parallel) -> str:
+    """The precision in a word or three."""
+    if parallel.precision not in FP8:
+        return parallel.precision
+    return f"{parallel.precision} ({parallel.fp8_recipe})"
+
+
+def anywhere(parallel: Parallel | Mapping[str, Any]) -> dict[str, Any]:
+    """:func:`arithmetic` for a machine that may lack a GPU: what Transformer Engine computes in FP8 is in bf16 then, as
+    its own passes without gradients are."""
+    given = arithmetic(parallel)
+    return {"precision": stored(given.get("precision", "fp32"))} if given.get("backend") == "te" else given
+
+
 def quantised(config: Config, block: int | None) -> bool:
     """Whether the linears of a block, counted from 0, multiply in FP8; None: what lies outside of the blocks."""
     ends = config.parallel.fp8_bf16_blocks

@@ -19,7 +19,7 @@ from mpdit.models import repa
 from mpdit.mup import rules
 from mpdit.mup.roles import Group
 from mpdit.objective import repa as teachers
-from mpdit.parallel import context, fp8_rules, groups, stages
+from mpdit.parallel import accel, context, fp8_rules, groups, stages, te_install
 from mpdit.parallel.context import Context
 from mpdit.parallel.stages import Grid
 from mpdit.sample import samplers
@@ -39,6 +39,7 @@ def check(config: Config, world: int) -> Config:
 def without_run_dir(config: Config, world: int) -> Config:
     """:func:`check` for who writes into no run folder. Raises InputError."""
     config = without_data(config, world)
+    machine(config)
     train, val = Mixture.open(config.data, "train"), Mixture.open(config.data, "val")
     channels = _pixel_channels(config, train)
     for split in (train, val):
@@ -66,6 +67,25 @@ def layout(config: Config, world: int) -> int:
     models.crossing(ctx)
     _image_sizes(ctx)
     return data_ranks
+
+
+def machine(config: Config) -> None:
+    """Whether this rank's machine has what ``parallel.backend`` and ``precision`` need. Raises InputError.
+
+    Not part of :func:`without_data`: a launch is planned and rehearsed on other machines than it is for.
+    """
+    parallel = config.parallel
+    if parallel.backend != "te":
+        return
+    gpu = accel.gpu()
+    if gpu is None:
+        raise InputError(
+            "parallel.backend te needs an NVIDIA GPU, and torch sees none on this machine; set parallel.backend=local, "
+            "or start it where there is one (mpdit plan and rehearse take the config as it is)."
+        )
+    te_install.check_te()
+    if parallel.precision in fp8_rules.FP8:
+        fp8_rules.check_gpu(parallel.fp8_recipe, *gpu)
 
 
 def _run_dir(folder: Path) -> None:

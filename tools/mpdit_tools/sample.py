@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     from mpdit.train import cached, preflight
 
     preflight.layout(config, groups.world_size())
+    preflight.machine(config)
     groups.start(config.parallel, config.train.seed)
     path, at = groups.decided_by_rank_0(lambda: choose(arguments, config))
     tokenizer = text.of_run(config.data.text, arguments.run, at.tokenizer_sha256, config.data.text_model)
@@ -102,7 +103,7 @@ def sample_config(arguments: Arguments) -> Config:
             f"{arguments.run}: is no run folder, it has no config.yaml; give the run.dir of a training run."
         )
     tree = configs.to_dict(configs.load(path))
-    tree["parallel"] = fp8_rules.arithmetic(tree["parallel"])
+    tree["parallel"] = fp8_rules.anywhere(tree["parallel"])
     options = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}
     tree["sample"].update({key: value for key, value in options.items() if value is not None})
     if arguments.size is not None:

@@ -52,6 +52,7 @@ def plan(arguments: Arguments, config: Config, world: int) -> Plan:
     runs = []
     for layout in arguments.layouts or ("",):
         laid_out = _laid_out(config, layout)
+        preflight.machine(laid_out)
         for size in sorted(set(sizes)):
             for seed in range(arguments.seeds):
                 small = measure.at(

@@ -47,7 +47,7 @@ class Estimate:
     timeline: Timeline
     traffic: Traffic
     data_s: float  # of gradients' and weights' exchange, what no computing hides
-    update_s: float  # of the optimizer and the averaged weights
+    update_s: float  # of the optimizer, the averaged weights, and weights' FP8 copies
     peak_flops_s: float
     bucket_flops: dict[Size, int] = dataclasses.field(default_factory=dict)  # an image's; all else is the largest's
 
@@ -103,7 +103,8 @@ def estimate(config: Config, chunks: Sequence[Chunk], whole: Sequence[Part], gpu
         timeline=line,
         traffic=_traffic(config, mine, micro_batches, data_ranks, max(counts)),
         data_s=_exposed(config, machine, line, max(counts), data_ranks),
-        update_s=_update_s(config, machine, max(counts), data_ranks),
+        update_s=_update_s(config, machine, max(counts), data_ranks)
+        + machine.memory_seconds(2 * max(sum(chunk.copies_bytes for chunk in own) for own in mine)),
         peak_flops_s=machine.peak_flops_s,
     )
 

@@ -8,13 +8,16 @@ import yaml
 
 from mpdit.config import Config
 from mpdit.errors import InputError
-from mpdit_tools.plan.record import Work
+from mpdit.parallel import fp8_rules
+from mpdit_tools.plan.record import Op, Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class GPU:
     """Makers' peak rates, dense, and the memory. Links are per GPU and direction: within a node, and between nodes."""
 
+    capability: tuple[int, int]
+    fp8_flops_s: float  # 0: it has none
     bf16_flops_s: float
     fp32_flops_s: float
     memory_bytes: float
@@ -26,14 +29,14 @@ class GPU:
 # fmt: off
 GPUS: dict[str, GPU] = {
     # SXM boards; NVLink 3, 4, 4, 5; one 200 or 400 Gbit/s port a GPU, as in a DGX.
-    "a100": GPU(bf16_flops_s=312e12,  fp32_flops_s=19.5e12, memory_bytes=80e9,  memory_bytes_s=2.04e12,
-                node_bytes_s=300e9, network_bytes_s=25e9),
-    "h100": GPU(bf16_flops_s=989e12,  fp32_flops_s=67e12,   memory_bytes=80e9,  memory_bytes_s=3.35e12,
-                node_bytes_s=450e9, network_bytes_s=50e9),
-    "h200": GPU(bf16_flops_s=989e12,  fp32_flops_s=67e12,   memory_bytes=141e9, memory_bytes_s=4.8e12,
-                node_bytes_s=450e9, network_bytes_s=50e9),
-    "b200": GPU(bf16_flops_s=2250e12, fp32_flops_s=75e12,   memory_bytes=180e9, memory_bytes_s=7.7e12,
-                node_bytes_s=900e9, network_bytes_s=50e9),
+    "a100": GPU(capability=(8, 0),  fp8_flops_s=0,       bf16_flops_s=312e12,  fp32_flops_s=19.5e12,
+                memory_bytes=80e9,  memory_bytes_s=2.04e12, node_bytes_s=300e9, network_bytes_s=25e9),
+    "h100": GPU(capability=(9, 0),  fp8_flops_s=1979e12, bf16_flops_s=989e12,  fp32_flops_s=67e12,
+                memory_bytes=80e9,  memory_bytes_s=3.35e12, node_bytes_s=450e9, network_bytes_s=50e9),
+    "h200": GPU(capability=(9, 0),  fp8_flops_s=1979e12, bf16_flops_s=989e12,  fp32_flops_s=67e12,
+                memory_bytes=141e9, memory_bytes_s=4.8e12,  node_bytes_s=450e9, network_bytes_s=50e9),
+    "b200": GPU(capability=(10, 0), fp8_flops_s=4500e12, bf16_flops_s=2250e12, fp32_flops_s=75e12,
+                memory_bytes=180e9, memory_bytes_s=7.7e12,  node_bytes_s=900e9, network_bytes_s=50e9),
 }
 # fmt: on
 
@@ -76,11 +79,14 @@ class Machine:
     gpu: GPU
     efficiency: Efficiency
     gpus_per_node: int
-    precision: str  # of the products: those of fp8_emulated are fp32's
+    precision: str  # parallel.precision
 
     @classmethod
     def of(cls, gpu: str, config: Config, gpus_per_node: int = 8, calibration: Path | None = None) -> "Machine":
-        """`gpu` is a name of GPUS. Raises InputError for a bad file of measured efficiencies."""
+        """`gpu` is a name of GPUS. Raises InputError for a bad file of measured efficiencies, and for a GPU without the
+        config's FP8."""
+        if config.parallel.precision == "fp8":
+            fp8_rules.check_gpu(config.parallel.fp8_recipe, gpu.upper(), GPUS[gpu].capability)
         return cls(
             gpu=GPUS[gpu],
             efficiency=calibrated(calibration),
@@ -90,7 +96,11 @@ class Machine:
 
     @property
     def peak_flops_s(self) -> float:
-        return self.gpu.bf16_flops_s if self.precision == "bf16" else self.gpu.fp32_flops_s
+        """What MFU is a share of. FP8's is bf16's: what its products gain shows, and not all of a step is FP8."""
+        return self.gpu.bf16_flops_s if self.precision in ("bf16", "fp8") else self.gpu.fp32_flops_s
+
+    def _flops_s(self, op: Op) -> float:
+        return self.gpu.fp8_flops_s if op.name == "_scaled_mm" else self.peak_flops_s
 
     def link_bytes_s(self, *, span: int) -> float:
         """What a GPU sends within a group whose ranks lie `span` apart at most."""
@@ -108,7 +118,7 @@ class Machine:
         for op in work.ops:
             share = e.attention if "attention" in op.name else e.gemm
             took += max(
-                op.flops / (self.peak_flops_s * share),
+                op.flops / (self._flops_s(op) * share),
                 op.bytes / (self.gpu.memory_bytes_s * e.memory),
                 e.operator_s,
             )

@@ -43,7 +43,12 @@ def narrowed(config: Config, data_ranks: int) -> Config:
         data=dataclasses.replace(config.data, buckets=(buckets.largest(config),) if config.data.buckets else ()),
         optim=dataclasses.replace(config.optim, lr=1e-3, warmup_steps=0, schedule="constant"),
         parallel=dataclasses.replace(
-            parallel, micro_batch=1, precision="fp32", overlap_grad_reduce=False, overlap_param_gather=False
+            parallel,
+            micro_batch=1,
+            precision="fp32",
+            backend="local",
+            overlap_grad_reduce=False,
+            overlap_param_gather=False,
         ),
         train=dataclasses.replace(train, steps=STEPS, batch_size=micro_batches, val_images=1),
     )
