@@ -18,7 +18,7 @@ from mpdit.errors import InputError
 
 
 def with_own_layers(config: Config) -> Config:
-    """`config` with this project's own layers in the place of Transformer Engine's, which are built on GPUs alone. Names,
+    """`config` with this project's own layers in the place of Transformer Engine's, which GPUs alone can have. Names,
     shapes, shards and roles are the same."""
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, backend="local"))
 
