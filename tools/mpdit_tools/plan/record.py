@@ -75,7 +75,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if func.namespace == "c10d":
             self._collective(func, args)
-        elif func.namespace in ("aten", "mkldnn"):  # the latter: fp32 products on a CPU
+        elif func.namespace in ("aten", "mpdit"):  # the latter: mpdit_kernels
             self._op(func, args, kwargs, out)
         return out
 
