@@ -1,1 +1,1 @@
-"""The only room that imports megatron.core and Transformer Engine: devices, layers, layouts, stages, optimizer, states."""
+"""The only room that imports megatron.core and Transformer Engine: devices, layers, layouts, optimizer, checkpoints."""
