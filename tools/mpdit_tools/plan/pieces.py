@@ -183,7 +183,8 @@ class _Runner:
     ) -> Part:
         ctx, size = self.stage.ctx, self.batch.size
         shapes = tuple((t, size, ctx.config.model.width) for t in stages.local_tokens(self.config, streams))
-        kind = (name, shapes, tuple((n, tuple(p.shape)) for n, p in module.named_parameters()))
+        fp8 = fp8_rules.quantised(self.config, block)
+        kind = (name, shapes, fp8, tuple((n, tuple(p.shape)) for n, p in module.named_parameters()))
         if kind not in self.seen:
             given = [torch.zeros(shape, dtype=ctx.dtype, requires_grad=True) for shape in shapes]
             self.seen[kind] = self._run(name, run, given)
