@@ -107,8 +107,7 @@ class Parallel:
     recompute: Literal["none", "full"] = "none"
     micro_batch: int = 0  # images a rank runs at once; 0: its whole share of the batch (pp: a pp-th of it)
     backend: Literal["local"] = "local"
-    # fp8_emulated: bf16, but matrix products in blocks of FP8 numbers as Transformer Engine rounds them, on any machine
-    precision: Literal["fp32", "bf16", "fp8_emulated"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8_emulated"] = "fp32"  # fp8_emulated: bf16, and FP8's rounding in blocks
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"  # which numbers share a scale
     fp8_bf16_blocks: int = 1  # blocks at each end that stay in bf16
 
