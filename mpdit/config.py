@@ -107,9 +107,8 @@ class Parallel:
     recompute: Literal["none", "full"] = "none"
     micro_batch: int = 0  # images a rank runs at once; 0: its whole share of the batch (pp: a pp-th of it)
     backend: Literal["local", "te"] = "local"  # te: Transformer Engine's linears, norms and attention, on CUDA
-    # fp8: bf16, but matrix products in blocks are of FP8 numbers, Transformer Engine's (backend te); fp8_emulated: the
-    # same, rounded as Transformer Engine would, on any machine (backend local)
-    precision: Literal["fp32", "bf16", "fp8", "fp8_emulated"] = "fp32"
+    # Both in blocks alone, around them as bf16.
+    precision: Literal["fp32", "bf16", "fp8", "fp8_emulated"] = "fp32"  # fp8: of backend te; fp8_emulated: its rounding
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"  # which numbers share a scale
     fp8_bf16_blocks: int = 1  # blocks at each end that stay in bf16
 

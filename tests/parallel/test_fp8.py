@@ -16,6 +16,7 @@ from torch import Tensor
 import ranks
 import tiny
 from mpdit.config import Config
+from mpdit.errors import InputError
 from parallel.compared import difference, train_layout
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -78,6 +79,17 @@ def test_hidden_linears_of_the_blocks_between_the_ends(arch: str, ends: int, tin
         wanted -= {f"blocks.4.txt.{name}" for name in ("proj", *_MLP)}
     assert found == dict.fromkeys(wanted, "Delayed")
     assert buffers == {f"{name}.product.{buffer}" for name in wanted for buffer in ("scale", "history")}
+
+
+def test_another_backend_is_refused(tiny_set: Path) -> None:
+    from mpdit.parallel import fp8_rules
+
+    config = fp8_config(tiny_set, "tensorwise")
+    parallel = dataclasses.replace(config.parallel, backend="te")
+    with pytest.raises(
+        InputError, match=r"precision is fp8_emulated.*parallel.backend is te; set parallel.backend=local"
+    ):
+        fp8_rules.check(dataclasses.replace(config, parallel=parallel))
 
 
 # ---- what they multiply ----------------------------------------------------------------------------------------------
@@ -160,6 +172,7 @@ def delayed_steps(rank: int, world: int) -> list[float]:
     assert torch.equal(first, second), "recompute has to use the scales of the first pass"
     scales.append(product.scale[0].item())
     assert product.scale[2].item() == 57344.0
+    assert (product.history != 0).sum(0).tolist() == [3, 3, 2]  # a row a pass, the recomputed one once
     return scales
 
 

@@ -151,7 +151,8 @@ def _fp8(facts: Facts) -> Row:
     if able:
         said = "; ".join(f"{count} x {kinds}" for kinds, count in able.items())
         return Row(name="FP8 hardware", found=f"{said} (parallel.fp8_recipe)")
-    return Row(name="FP8 hardware", found="none (sm_89 has it)", verdict="limited", todo="train in bf16 or fp32")
+    todo = "train in bf16 or fp32; mpdit fp8check shows what FP8 would do"
+    return Row(name="FP8 hardware", found="none (sm_89 has it)", verdict="limited", todo=todo)
 
 
 def _apex() -> Row:
@@ -299,7 +300,7 @@ def verdict(rows: list[Row], facts: Facts) -> str:
     names = ", ".join(sorted({device["name"] for device in devices}))
     where = f"{len(devices)} x {names} (CUDA)" if devices else "CPU"
     precision = "fp32, bf16 and fp8" if fp8 else "fp32 and bf16" if bf16 else "fp32"
-    return f"this machine can train: {where}, {precision} (fp8_emulated, slowly, on any)."
+    return f"this machine can train: {where}, {precision}."
 
 
 def _print(rows: list[Row]) -> None:
