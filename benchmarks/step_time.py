@@ -1,20 +1,17 @@
-"""One training step on this machine: the same MMDiT in several libraries, timed side by side.
+"""One training step on this machine: MMDiT and PixArt-alpha in several libraries, timed side by side.
 
-    python benchmarks/step_time.py                                    # four shapes, two threads, eager, fused AdamW
-    python benchmarks/step_time.py --compile --shapes 256/64+16/8     # width / image + text tokens / batch
+    python benchmarks/step_time.py                                    # both, four shapes, two threads, eager
+    python benchmarks/step_time.py --compile --arch mmdit --shapes 256/64+16/8       # width/image+text tokens/batch
     python benchmarks/step_time.py --optimizer foreach --json step_time.json
     OMP_WAIT_POLICY=passive python benchmarks/step_time.py --clock cpu     # on a machine that others use
 
-A step is forward, loss, backward and AdamW in fp32. Contenders get the same images, timesteps, threads, optimizer
-implementation and compile setting, and take turns round by round, so that what else the machine does hits all of them
-alike; the ratio is taken within each round. `GEMM` is the machine's own rate for these layers' matrix products alone,
-timed in the same rounds: a contender's share of it is how near the step comes to being nothing but its products.
-`--clock cpu` counts this process' CPU seconds: waiting for a core does not show, and waiting threads must not spin.
-
-What is not alike: diffusers takes text states where the others look up a token table. Its text projection reads
-TEXT_STATES numbers a token, as many as the others' table has rows, so the parameters differ by one bias.
-
-A contender is a function from Case to Contender in CONTENDERS.
+A step is forward, loss, backward and AdamW in fp32. Contenders (contenders.py) get the same images, timesteps, threads,
+optimizer implementation and compile setting, and take turns round by round, so that what else the machine does hits all
+of them alike; the ratio is taken within each round. `GEMM` is the machine's own rate for these layers' matrix products
+alone, timed in the same rounds with MKL (torch's own) and with oneDNN: a contender's share of the faster one is how
+near the step comes to being nothing but its products. `overhead` is what mpdit takes over "plain, oneDNN": the plain
+reference with mpdit's product. `--clock cpu` counts this process' CPU seconds: waiting for a core does not show, and
+waiting threads must not spin.
 """
 
 import argparse
@@ -26,7 +23,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,167 +32,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from reference import plain_mmdit as plain  # the repository's tests folder is no package of mpdit
+from contenders import BASELINE, CONTENDERS, Case, Contender  # which reads the repository's tests, no package of mpdit
 
-HEAD_DIM, PATCH, CHANNELS, TEXT_STATES = 64, 2, 4, 64
+from mpdit_kernels.linear import linear
+
 SHAPES = ("256/64+16/8", "512/64+32/4", "256/256+64/16", "512/256+64/4")
-BASELINE = "diffusers"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One shape of the table. The image is a square of latents whose patches are the image tokens."""
-
-    width: int
-    image_tokens: int
-    text_tokens: int
-    batch: int
-    depth: int
-
-    @classmethod
-    def parse(cls, text: str, depth: int) -> "Case":
-        try:
-            width, tokens, batch = text.split("/")
-            image_tokens, text_tokens = tokens.split("+")
-            case = cls(
-                width=int(width),
-                image_tokens=int(image_tokens),
-                text_tokens=int(text_tokens),
-                batch=int(batch),
-                depth=depth,
-            )
-        except ValueError:
-            raise SystemExit(f"--shapes {text}: expected WIDTH/IMAGE+TEXT/BATCH, as in {SHAPES[0]}") from None
-        if case.side**2 != case.image_tokens or case.width % HEAD_DIM:
-            raise SystemExit(f"--shapes {text}: image tokens must be a square, the width a multiple of {HEAD_DIM}")
-        return case
-
-    @property
-    def side(self) -> int:
-        """Patches along one edge of the image."""
-        return round(self.image_tokens**0.5)
-
-    def data(self) -> plain.Batch:
-        g = torch.Generator().manual_seed(0)
-        size = (self.batch, CHANNELS, self.side * PATCH, self.side * PATCH)
-        return plain.Batch(
-            image_BCYX=torch.randn(size, generator=g),
-            noise_BCYX=torch.randn(size, generator=g),
-            t_B=torch.rand(self.batch, generator=g),
-            ids_BL=torch.randint(1, TEXT_STATES, (self.batch, self.text_tokens), generator=g),
-        )
-
-
-@dataclass(kw_only=True, slots=True)
-class Contender:
-    """A model on one case. Both are handed over before any compiling; `parameters` may be optimizer groups."""
-
-    loss: Callable[[], Tensor]  # one forward pass on the case's data, () in fp32
-    parameters: list[Tensor] | list[dict[str, Any]]
-    step: Callable[[], None] | None = None  # the contender's own training step; None: loss, backward, torch's AdamW
-
-
-# ---- the contenders -------------------------------------------------------------------------------------------------
-
-
-def diffusers_sd3(case: Case) -> Contender:
-    """SD3Transformer2DModel with QK-norm, its text projections kept small (see above)."""
-    from diffusers import SD3Transformer2DModel
-
-    model = SD3Transformer2DModel(
-        sample_size=case.side * PATCH,
-        patch_size=PATCH,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        num_layers=case.depth,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=case.width // HEAD_DIM,
-        joint_attention_dim=TEXT_STATES,
-        caption_projection_dim=case.width,
-        pooled_projection_dim=case.width,
-        pos_embed_max_size=case.side,
-        dual_attention_layers=(),
-        qk_norm="rms_norm",
-    ).train()
-    batch = case.data()
-    text_BLD = torch.randn(case.batch, case.text_tokens, TEXT_STATES)
-    pooled_BD = torch.randn(case.batch, case.width)
-
-    def loss() -> Tensor:
-        out_BCYX = model(
-            hidden_states=batch.noisy_BCYX(),
-            encoder_hidden_states=text_BLD,
-            pooled_projections=pooled_BD,
-            timestep=1000 * batch.t_B,
-            return_dict=False,
-        )[0]
-        return (out_BCYX - batch.target_BCYX()).pow(2).mean()
-
-    return Contender(loss=loss, parameters=list(model.parameters()))
-
-
-def plain_pytorch(case: Case) -> Contender:
-    """The reference that the tests hold the parallel model against."""
-    shape = plain.Shape(
-        width=case.width, depth=case.depth, head_dim=HEAD_DIM, patch=PATCH, channels=CHANNELS, vocab=TEXT_STATES
-    )
-    weights = {n: w.requires_grad_() for n, w in plain.init(shape, seed=0).items()}
-    batch = case.data()
-    return Contender(loss=lambda: plain.loss_of(weights, shape, batch), parameters=list(weights.values()))
-
-
-def mpdit_one_process(case: Case) -> Contender:
-    """What `mpdit train` runs in one process: Megatron's schedule, gradient buffers and optimizer, muP groups.
-
-    Without the gradient norm and clipping, which no contender has.
-    """
-    from mpdit import config as configs
-    from mpdit.models.layers import Inputs, patchify
-    from mpdit.parallel import accel, groups
-    from mpdit.train import batches, session
-
-    accel.enter()
-    if not torch.distributed.is_initialized():
-        groups.start(configs.Parallel(), seed=0)
-    side = case.side * PATCH
-    config = configs.from_dict(
-        {
-            "model": {
-                **{"width": case.width, "depth": case.depth, "head_dim": HEAD_DIM, "patch": PATCH, "image_size": side},
-                **{"channels": CHANNELS, "text_tokens": case.text_tokens, "vocab_size": TEXT_STATES},
-            },
-            "mup": {"base_width": case.width // 2, "adaln_init": "hidden", "readout_init": "base"},
-            "optim": {"lr": 1e-4, "weight_decay": 0.01, "clip": 0.0},
-        }
-    )
-    run, data = session.build(config), case.data()
-    batch = batches.Batch(
-        size=case.batch,
-        height=side,
-        width=side,
-        inputs=Inputs(image_BCHW=data.noisy_BCYX(), time_B=data.t_B, text_BL=data.ids_BL),
-        target_SBP={"velocity": patchify(data.target_BCYX(), PATCH)},
-    )
-    (stage,) = run.network.chunks
-
-    def step() -> None:
-        run.forward_backward([batch])
-        run.optimizer.prepare_grads()
-        run.optimizer.step_with_ready_grads()
-
-    return Contender(
-        loss=lambda: batches.loss(config, stage(batch.inputs), batch),
-        parameters=list(stage.parameters()),
-        step=step,
-    )
-
-
-CONTENDERS: dict[str, Callable[[Case], Contender]] = {
-    BASELINE: diffusers_sd3,
-    "plain": plain_pytorch,
-    "mpdit": mpdit_one_process,
-}
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -214,38 +55,42 @@ def count_flops(loss: Callable[[], Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def stepper(contender: Contender, *, optimizer: str, compiled: bool) -> Callable[[], None]:
+def stepper(contender: Contender, *, optimizer: str) -> Callable[[], None]:
     if contender.step is not None:
         return contender.step
     adamw = torch.optim.AdamW(contender.parameters, lr=1e-4, weight_decay=0.01, **{optimizer: True})
-    loss = torch.compile(contender.loss) if compiled else contender.loss
 
     def step() -> None:
         adamw.zero_grad(set_to_none=True)
-        loss().backward()
+        contender.loss().backward()
         adamw.step()
 
     return step
 
 
 class Gemms:
-    """The products of the blocks' linears on both streams and nothing else: y = x w', dx = dy w, dw = dy' x."""
+    """The products of the blocks' linears and nothing else: y = x w', dx = dy w, dw = dy' x."""
 
-    def __init__(self, case: Case):
-        self.depth, self.operands, self.flops = case.depth, [], 0
-        for tokens in (case.image_tokens * case.batch, case.text_tokens * case.batch):
-            for rows, fan_in in ((3, 1), (1, 1), (4, 1), (1, 4)):
-                x, w = torch.randn(tokens, fan_in * case.width), torch.randn(rows * case.width, fan_in * case.width)
-                y = x @ w.T
-                self.operands.append((x, w, y, torch.empty_like(x), torch.empty_like(w)))
-                self.flops += case.depth * 3 * 2 * x.numel() * w.shape[0]
+    def __init__(self, case: Case, product: Callable[[Tensor, Tensor], Tensor]):
+        self.product, self.depth, self.operands, self.flops = product, case.depth, [], 0
+        image, text, d = case.image_tokens * case.batch, case.text_tokens * case.batch, case.width
+        of_stream = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)]
+        layers = [(image, *sizes) for sizes in of_stream]
+        if case.arch == "mmdit":
+            layers += [(text, *sizes) for sizes in of_stream]
+        else:
+            layers += [(image, d, d), (text, 2 * d, d), (image, d, d)]
+        for tokens, fan_out, fan_in in layers:
+            x, w = torch.randn(tokens, fan_in), torch.randn(fan_out, fan_in)
+            self.operands.append((x, w, torch.randn(tokens, fan_out)))
+            self.flops += case.depth * 3 * 2 * x.numel() * fan_out
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for x, w, y, dx, dw in self.operands * self.depth:
-            torch.mm(x, w.T, out=y)
-            torch.mm(y, w, out=dx)
-            torch.mm(y.T, x, out=dw)
+        for x, w, dy in self.operands * self.depth:
+            self.product(x, w)
+            self.product(dy, w.T)
+            self.product(dy.T, x.T)
 
 
 def in_turns(
@@ -263,15 +108,14 @@ def in_turns(
 
 def measure(case: Case, names: Iterable[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a contender, and one for the machine's GEMMs."""
-    contenders = {name: CONTENDERS[name](case) for name in names}
-    flops = {name: count_flops(c.loss) for name, c in contenders.items()}
-    gemms = Gemms(case)
-    tasks: dict[str, Callable[[], None]] = {
-        name: stepper(c, optimizer=args.optimizer, compiled=args.compile) for name, c in contenders.items()
-    }
-    seconds = in_turns(tasks | {"GEMM": gemms}, rounds=args.rounds, warmup=args.warmup, clock=CLOCKS[args.clock])
-    gemm_rate = gemms.flops / statistics.median(seconds["GEMM"])
-    rows: list[dict[str, Any]] = [{"contender": "GEMM", "flops": gemms.flops, "flops_per_s": gemm_rate}]
+    eager = {name: CONTENDERS[name](case, False) for name in names}
+    flops = {name: count_flops(c.loss) for name, c in eager.items()}
+    contenders = {name: CONTENDERS[name](case, True) for name in names} if args.compile else eager
+    gemms = {"MKL": Gemms(case, lambda x, w: x @ w.T), "oneDNN": Gemms(case, linear)}
+    tasks: dict[str, Callable[[], None]] = {n: stepper(c, optimizer=args.optimizer) for n, c in contenders.items()}
+    seconds = in_turns(tasks | gemms, rounds=args.rounds, warmup=args.warmup, clock=CLOCKS[args.clock])
+    rates = {name: one.flops / statistics.median(seconds[name]) for name, one in gemms.items()}
+    rows: list[dict[str, Any]] = [{"contender": "GEMM", "flops": gemms["MKL"].flops, "flops_per_s": rates}]
     for name, contender in contenders.items():
         median, rate = statistics.median(seconds[name]), flops[name] / statistics.median(seconds[name])
         row = {
@@ -281,13 +125,19 @@ def measure(case: Case, names: Iterable[str], args: argparse.Namespace) -> list[
             "step_s": median,
             "rounds_s": seconds[name],
             "flops_per_s": rate,
-            "share_of_gemm": rate / gemm_rate,
+            "share_of_gemm": rate / max(rates.values()),
         }
         if BASELINE in seconds:
-            ratios = sorted(b / s for b, s in zip(seconds[BASELINE], seconds[name], strict=True))
-            row |= {"ratio": statistics.median(ratios), "ratio_low": ratios[0], "ratio_high": ratios[-1]}
+            row |= _ratio("ratio", seconds[BASELINE], seconds[name])
+        if name == "mpdit" and "plain, oneDNN" in seconds:
+            row |= _ratio("overhead", seconds[name], seconds["plain, oneDNN"])
         rows.append(row)
     return rows
+
+
+def _ratio(name: str, upper: list[float], lower: list[float]) -> dict[str, float]:
+    ratios = sorted(a / b for a, b in zip(upper, lower, strict=True))
+    return {name: statistics.median(ratios), f"{name}_low": ratios[0], f"{name}_high": ratios[-1]}
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
@@ -295,16 +145,18 @@ def measure(case: Case, names: Iterable[str], args: argparse.Namespace) -> list[
 
 def print_case(case: Case, rows: list[dict[str, Any]]) -> None:
     gemm, *steps = rows
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in gemm["flops_per_s"].items())
     print(
-        f"\nwidth {case.width}, depth {case.depth}, {case.image_tokens}+{case.text_tokens} tokens, batch {case.batch}; "
-        f"GEMM {gemm['flops_per_s'] / 1e9:.0f} GFLOP/s"
+        f"\n{case.arch}, width {case.width}, depth {case.depth}, {case.image_tokens}+{case.text_tokens} tokens, batch "
+        f"{case.batch}; GEMM in GFLOP/s: {rates}"
     )
     print(f"  {'':<18}{'parameters':>12}{'GFLOP':>9}{'step ms':>10}{'of GEMM':>9}   {BASELINE} / this (low … high)")
     for row in steps:
         ratio = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} … {row['ratio_high']:.2f})" if "ratio" in row else "-"
+        over = f"   overhead {100 * (row['overhead'] - 1):+.1f} %" if "overhead" in row else ""
         print(
             f"  {row['contender']:<18}{row['parameters']:>12,}{row['flops'] / 1e9:>9.1f}{row['step_s'] * 1e3:>10.0f}"
-            f"{row['share_of_gemm']:>9.0%}   {ratio}",
+            f"{row['share_of_gemm']:>9.0%}   {ratio}{over}",
             flush=True,
         )
 
@@ -313,6 +165,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--arch", nargs="+", choices=("mmdit", "pixart"), default=["mmdit", "pixart"])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="W/I+T/B", help="default: %(default)s")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--depth", type=int, default=6)
@@ -320,7 +173,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--optimizer", choices=("fused", "foreach"), default="fused", help="AdamW, for all contenders")
-    parser.add_argument("--compile", action="store_true", help="torch.compile every contender's loss (default: eager)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for every contender (default: eager)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(argv)
@@ -328,10 +181,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    if "mpdit" in args.contenders and (args.compile or args.optimizer != "fused"):
+    if "mpdit" in args.contenders and args.optimizer != "fused":
         args.contenders.remove("mpdit")
-        print("mpdit left out: its training step is eager with the fused AdamW")
-    cases = [Case.parse(text, args.depth) for text in args.shapes]
+        print("mpdit left out: its AdamW is the fused one")
+    cases = [Case.parse(arch, text, args.depth) for arch in args.arch for text in args.shapes]
     torch.set_num_threads(args.threads)
     setting = {
         "torch": torch.__version__,
@@ -349,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.compiler.reset()
         rows = measure(case, args.contenders, args)
         print_case(case, rows)
-        shape = {key: getattr(case, key) for key in ("width", "depth", "image_tokens", "text_tokens", "batch")}
+        shape = {key: getattr(case, key) for key in Case.__slots__}
         results.append({**shape, "rows": rows})
         gc.collect()
     if args.json:

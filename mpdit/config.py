@@ -105,6 +105,7 @@ class Parallel:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     recompute: Literal["none", "full"] = "none"
+    compile: bool = False  # torch.compile for each block; the first step takes a minute
     micro_batch: int = 0  # images a rank runs at once; 0: its whole share of the batch (pp: a pp-th of it)
     backend: Literal["local", "te"] = "local"  # te: Transformer Engine's linears, norms and attention, on CUDA
     # Both in blocks alone, around them as bf16.
@@ -159,6 +160,7 @@ class Train:
     sample_every: int = 0  # steps between sample grids; 0: at the end only
     ema_decay: float = 0.999
     posthoc_ema: tuple[float, ...] = ()  # sigma_rel of averages for `mpdit ema`, as [0.05, 0.1]; 4 bytes a weight each
+    profile_steps: int = 0  # steps that torch's profiler records (`--profile`: 3); RUN/profile has traces and summaries
     posthoc_every: int = 0  # steps between their snapshots in RUN/ema, all kept; 0: with every checkpoint
 
 

@@ -52,6 +52,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if is_cuda() else _CPU
 
 
+def for_threads() -> Callable[[], None]:
+    """What a thread calls first, to be at this thread's device: CUDA gives it the first one."""
+    if not is_cuda():
+        return lambda: None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+
+
 def collective_backend() -> str:
     return "nccl" if is_cuda() else "gloo"
 

@@ -18,9 +18,9 @@ from mpdit.errors import InputError
 
 
 def with_own_layers(config: Config) -> Config:
-    """`config` with this project's own layers in the place of Transformer Engine's, which GPUs alone can have. Names,
-    shapes, shards and roles are the same."""
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, backend="local"))
+    """`config` with this project's own layers, not compiled, in the place of Transformer Engine's, which GPUs alone can
+    have. Names, shapes, shards and roles are the same."""
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, backend="local", compile=False))
 
 
 @contextlib.contextmanager

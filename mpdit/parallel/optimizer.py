@@ -21,6 +21,7 @@ from mpdit.mup import rules
 from mpdit.mup.table import Table, optimizer_groups
 from mpdit.parallel import backend
 from mpdit.parallel.context import Context
+from mpdit.parallel.timers import Timers
 
 _STATES = ("exp_avg", "exp_avg_sq")
 
@@ -48,6 +49,7 @@ def wrap(ctx: Context, stages: Sequence[nn.Module]) -> list[Any]:
     """The stages under Megatron's DDP, and the hooks of its schedules (gradient and parameter synchronisation)."""
     parallel, megatron = ctx.config.parallel, ctx.megatron
     megatron.finalize_model_grads_func = finalize_model_grads
+    megatron.timers = Timers() if parallel.pp > 1 else None
     data_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     if data_ranks == 1 and ctx.dtype is torch.float32 and not parallel.distributed_optimizer:
         return [Alone(megatron, DistributedDataParallelConfig(), stage) for stage in stages]

@@ -161,6 +161,8 @@ class Stage(MegatronModule):
         if first:
             self.embed = parts.embed()
         self.blocks = nn.ModuleDict({str(index): on_residual_branch(parts.block(index)) for index in blocks})
+        for block in self.blocks.values() if ctx.config.parallel.compile else ():
+            block.compile()
         if last:
             self.head = parts.head()
         self.auxiliary = auxiliary if auxiliary is not None and auxiliary.block in blocks else None

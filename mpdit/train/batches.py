@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -180,6 +181,34 @@ class TrainFeed:
     def close(self) -> None:
         if self.loader is not None:
             self.loader.close()
+
+
+class Ahead:
+    """A feed whose next step is made in a thread while the device is at work on this one's."""
+
+    def __init__(self, feed: TrainFeed) -> None:
+        self._feed, self._bad = feed, list[Bad]()
+        self._thread = ThreadPoolExecutor(1, "batches", accel.for_threads())
+        self._coming = self._thread.submit(self._make)
+
+    def _make(self) -> tuple[list[Batch], list[Bad]]:
+        return self._feed.next(), self._feed.take_bad()
+
+    def next(self) -> list[Batch]:
+        """The micro-batches of the next step. Raises what making them raised."""
+        micro_batches, bad = self._coming.result()
+        self._coming = self._thread.submit(self._make)
+        self._bad += bad
+        return micro_batches
+
+    def take_bad(self) -> list[Bad]:
+        """As TrainFeed's, of the steps so far."""
+        bad, self._bad = self._bad, []
+        return bad
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._feed.close()
 
 
 def validation_samples(shards: Mixture, count: int) -> np.ndarray:

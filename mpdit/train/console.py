@@ -2,8 +2,9 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,11 +23,11 @@ class Reporter:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.1f} images/s"),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("train", total=steps, completed=start, loss=float("nan"), rate=0.0)
+            self._task = self._bar.add_task("train", total=steps, completed=start, loss=float("nan"), rate="")
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -40,13 +41,16 @@ class Reporter:
     def say(self, text: str) -> None:
         self._console.print(text)
 
-    def step(self, done: int, loss: float, images_per_s: float) -> None:
-        """`done` steps are finished; `loss` is the last one's."""
+    def step(self, done: int, row: Mapping[str, Any]) -> None:
+        """`done` steps are finished; `row` is the last one's line of metrics.jsonl."""
+        loss, rate = row["loss"], f"{row['images_per_s']:.1f} images/s"
+        if "mfu" in row:
+            rate += f"  {row['tflops_per_gpu']:.0f} TFLOP/s a GPU ({100 * row['mfu']:.0f} %)"
         if self._bar:
-            self._bar.update(self._task, completed=done, loss=loss, rate=images_per_s)
+            self._bar.update(self._task, completed=done, loss=loss, rate=rate)
         elif done % self._log_every == 0 or done == self._steps:
             left_s = (time.monotonic() - self._began) / max(1, done - self._start) * (self._steps - done)
-            self.say(f"step {done}/{self._steps}  loss {loss:.4f}  {images_per_s:.1f} images/s  {_clock(left_s)} left")
+            self.say(f"step {done}/{self._steps}  loss {loss:.4f}  {rate}  {_clock(left_s)} left")
             sys.stdout.flush()
 
 

@@ -11,11 +11,13 @@ from mpdit.config import Config
 from mpdit.errors import CheckFailed, InputError
 from mpdit.train.launcher import tell_launcher
 
-USAGE = """usage: mpdit train CONFIG [section.key=value ...]
-       torchrun --nproc-per-node N -m mpdit train CONFIG [section.key=value ...]
+USAGE = """usage: mpdit train CONFIG [--profile] [section.key=value ...]
+       torchrun --nproc-per-node N -m mpdit train CONFIG [--profile] [section.key=value ...]
 
 Trains as CONFIG (YAML) says, with any of its keys overridden. CONFIG may be a run folder: its config.yaml is used. If
 run.dir holds checkpoints, training goes on from the newest complete one, in this layout, whatever layout wrote it.
+--profile: torch's profiler records some of the first steps (train.profile_steps=3); RUN/profile has a trace for
+https://ui.perfetto.dev and a page to read.
 
 keys and their defaults:
 """
@@ -37,7 +39,8 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         print(configs.describe())
         return 0 if argv else 2
-    config = configs.load(argv[0], argv[1:])
+    overrides = ["train.profile_steps=3" if argument == "--profile" else argument for argument in argv[1:]]
+    config = configs.load(argv[0], overrides)
     use_cores()
     faulthandler.enable(2)  # a rank that crashes in native code says where
     try:

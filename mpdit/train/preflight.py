@@ -207,6 +207,11 @@ def _shapes(config: Config) -> None:
         raise InputError("parallel.sp shards tokens over the tensor ranks: it needs parallel.tp of at least 2.")
     if parallel.vpp > 1 and parallel.pp == 1:
         raise InputError("parallel.vpp interleaves chunks over pipeline ranks: it needs parallel.pp of at least 2.")
+    if parallel.compile and parallel.backend == "te":
+        raise InputError(
+            "parallel.compile is for mpdit's own layers, but parallel.backend is te, whose are kernels already; set "
+            "parallel.compile=false, or parallel.backend=local."
+        )
     if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
         raise InputError(
             "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce."

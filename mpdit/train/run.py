@@ -13,18 +13,20 @@ from mpdit.config import Config
 from mpdit.data.loader import Reader
 from mpdit.data.quarantine import FILE, Bad, Quarantine
 from mpdit.errors import CheckFailed
-from mpdit.parallel import groups
+from mpdit.parallel import accel, groups
 from mpdit.sample import grid
 from mpdit.train import batches, cached, checkpoint, guards, session, signals, snapshots
 from mpdit.train.checkpoint import Position
 from mpdit.train.control import Control
 from mpdit.train.guards import Judge, Verdict
+from mpdit.train.meters import Meter
 from mpdit.train.recorder import Recorder
 from mpdit.train.saver import Saver
 from mpdit.train.session import Session
 from mpdit.train.sets import Sets
 from mpdit.train.signals import Signals
 from mpdit.train.snapshots import Snapshots
+from mpdit.train.trace import Trace
 from mpdit.train.watchdog import Watchdog
 
 _GRID_PROMPTS = 16  # validation captions drawn when sample.prompts is empty
@@ -44,8 +46,9 @@ class Run:
         skipped: int,
         caught: Signals,
         watch: Watchdog,
+        meter: Meter,
     ) -> None:
-        self.config, self.sets, self.run, self.recorder = config, sets, run, recorder
+        self.config, self.sets, self.run, self.recorder, self.meter = config, sets, run, recorder, meter
         self.judge, self.skipped, self.watch = judge, skipped, watch
         self.saver = Saver(recorder.dir, recorder.report.say)
         self.snapshots = Snapshots(recorder.dir, recorder.report.say)
@@ -56,6 +59,9 @@ class Run:
         self.control.add("saving", lambda: not self.saver.done)
         self.control.add("taking a snapshot", lambda: not self.snapshots.done)
         self.control.add("bad samples", lambda: len(self.bad))
+        for name, read in meter.flags.items():
+            self.control.add(name, read)
+        self.trace = Trace(config, recorder.dir, recorder.report.say)
         self._quarantine: Quarantine | None = None
         if recorder.first:
             self._quarantine = Quarantine(recorder.dir / FILE, len(sets.train), config.data.max_bad_fraction)
@@ -66,7 +72,9 @@ class Run:
         """To the end. Raises CheckFailed when the run diverges; signals.Stop when, asked to stop, it has saved."""
         self.saver.newest = start or None
         self._set_aside(start)  # a run that was stopped for its bad samples does not go on
-        feed = batches.TrainFeed(self.config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
+        made = batches.TrainFeed(self.config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
+        # A CPU has no time that nobody uses.
+        feed = batches.Ahead(made) if accel.is_cuda() else made
         try:
             for step in range(start, self.config.train.steps):
                 self._whole_step(step, feed)
@@ -81,10 +89,11 @@ class Run:
             self.saver.close()
             feed.close()
 
-    def _whole_step(self, step: int, feed: batches.TrainFeed) -> None:
+    def _whole_step(self, step: int, feed: batches.TrainFeed | batches.Ahead) -> None:
         """A step with what is due after it."""
         train, done = self.config.train, step + 1
-        row, signal = self._step(step, feed)
+        with self.trace.step():
+            row, signal = self._step(step, feed)
         save, snapshot = self._to_save(done) or signal != 0, self._to_snapshot(done)
         with self._looking(done, save or snapshot) as looking:
             if looking and self._due(done, train.val_every):
@@ -109,28 +118,30 @@ class Run:
         """Every so many steps, and at the end."""
         return done == self.config.train.steps or (every > 0 and done % every == 0)
 
-    def _step(self, step: int, feed: batches.TrainFeed) -> tuple[dict[str, Any], int]:
+    def _step(self, step: int, feed: batches.TrainFeed | batches.Ahead) -> tuple[dict[str, Any], int]:
         """One step, skipped if it must not reach the weights: its line for metrics.jsonl, and the signal that some rank
         has got, or 0."""
         began = time.monotonic()
-        self.watch.at(step, "data")
-        micro_batches = feed.next()
+        with self._phase(step, "data"):
+            micro_batches = feed.next()
         self.bad += feed.take_bad()
         data_s = time.monotonic() - began
-        self.watch.at(step, "forward and backward")
-        loss = self.run.forward_backward(micro_batches)
+        with self._phase(step, "forward and backward"):
+            loss = self.run.forward_backward(micro_batches)
         repa_loss = {"repa_loss": _finite(self.run.repa_loss())} if self.config.objective.repa_weight else {}
-        self._average()  # of the step before: only now are its parameters everywhere (overlap_param_gather)
+        with self._phase(step, "average"):  # of the step before: only now are its parameters everywhere
+            self._average()  # (overlap_param_gather)
         lr = self.run.scheduler.get_lr({})  # the base value's; a group's own stands in the muP table
-        self.watch.at(step, "update")
-        norm = self.run.gradient_norm()
+        with self._phase(step, "gradient norm"):
+            norm = self.run.gradient_norm()
         self.judge.weigh(loss, float(norm))
         agreed = self.control.agree()
         verdict = Verdict(agreed["verdict"])
         if verdict:
             self.run.skip()
         else:
-            self.run.update(norm)
+            with self._phase(step, "update"):
+                self.run.update(norm)
             self._ema_due = True
         step_s = time.monotonic() - began
         batch = self.config.train.batch_size
@@ -148,6 +159,7 @@ class Run:
             "step_s": round(step_s, 6),
             "data_s": round(data_s, 6),
             "images_per_s": round(batch / step_s, 2),
+            **self.meter.row(step_s, micro_batches, agreed),
         }
         if verdict:
             self._skipped(row, verdict, loss, float(norm))
@@ -158,6 +170,11 @@ class Run:
         if agreed["bad samples"]:
             row["bad_samples"] = self._set_aside(step)
         return row, agreed["signal"]
+
+    def _phase(self, step: int, name: str) -> contextlib.AbstractContextManager[Any]:
+        """Of a step, for the watchdog and the profiler."""
+        self.watch.at(step, name)
+        return self.trace.phase(name)
 
     def _set_aside(self, step: int) -> int:
         """Write down the bad samples of all ranks; how many the run has met. Raises CheckFailed when too many."""
@@ -295,7 +312,7 @@ class Run:
         done = row["step"] + 1
         self.recorder.log(row)
         if row["loss"] is not None:
-            self.recorder.report.step(done, row["loss"], row["images_per_s"])
+            self.recorder.report.step(done, row)
         if "val_loss" in row:
             self.recorder.report.say(f"step {done}  validation loss on unseen concepts {row['val_loss']:.4f}")
 

@@ -16,6 +16,7 @@ from mpdit.mup.table import Table, merge, resolve
 from mpdit.parallel import accel, context, groups, init, optimizer, schedule, stages
 from mpdit.parallel.context import Context
 from mpdit.parallel.stages import Crossing
+from mpdit.parallel.timers import Timers
 from mpdit.sample import draw as sampling
 from mpdit.train import batches, cached
 from mpdit.train.batches import Batch
@@ -29,6 +30,12 @@ class Network:
     ctx: Context
     chunks: list[Any]  # Stage, or Stage under DDP
     table: Table  # of the whole model
+
+    @property
+    def timers(self) -> Timers | None:
+        """Of a pipeline rank that trains."""
+        timers: Timers | None = self.ctx.megatron.timers
+        return timers
 
     @property
     def note(self) -> str:
@@ -77,6 +84,8 @@ class Session:
         for chunk in self.network.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if (timers := self.network.timers) is not None:
+            timers.clear()
         return self.network.forward_backward(micro_batches)
 
     def repa_loss(self) -> float:

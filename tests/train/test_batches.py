@@ -140,3 +140,44 @@ def test_a_bucket_without_images_has_no_list(mixed_set: Path) -> None:
     loss, shapes = ranks.run(1, validate, config=config_of(mixed_set, {}, val_images=1))[0]
     assert len(shapes) == 1
     assert np.isfinite(loss)
+
+
+# ---- ahead of the device ---------------------------------------------------------------------------------------------
+
+
+def both_ways(rank: int, world: int, config: Config) -> dict[str, Any]:
+    """Keys and shapes of the first steps, made when they are asked for and ahead; and what ends a thread."""
+    import threading
+
+    from mpdit.parallel import groups
+    from mpdit.train import batches, preflight
+    from mpdit.train.sets import Sets
+
+    config = preflight.check(config, world)
+    groups.start(config.parallel, config.train.seed)
+    sets, found = Sets.open(config), {}
+    for name, wrap in (("asked", lambda feed: feed), ("ahead", batches.Ahead)):
+        feed = wrap(batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0))
+        steps = [feed.next() for _ in range(STEPS)]
+        found[name] = [[(m.sample_key, m.height, float(m.inputs.image_BCHW.sum())) for m in step] for step in steps]
+        found[f"{name}, bad"] = [bad.sample for bad in feed.take_bad()]
+        feed.close()
+    found["threads"] = [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+    feed = batches.Ahead(batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0))
+    feed.next()
+    feed._feed._micro_batch = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012
+        for _ in range(3):  # one may have been made already
+            feed.next()
+    feed.close()
+    groups.stop()
+    return found
+
+
+@pytest.mark.dist
+def test_batches_made_ahead_are_the_same(mixed_set: Path) -> None:
+    found = ranks.run(1, both_ways, config=config_of(mixed_set, {"micro_batch": 4}))[0]
+    assert found["ahead"] == found["asked"]
+    assert len(found["ahead"][0]) == 2
+    assert found["threads"] == []

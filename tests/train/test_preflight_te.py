@@ -142,6 +142,7 @@ BAD: dict[str, tuple[int, dict[str, Any], dict[str, Any], list[str]]] = {
         1, {**TE, "precision": "fp8_emulated"}, {},
         ["parallel.precision is fp8_emulated", "parallel.backend is te", "parallel.precision=fp8"],
     ),
+    "te compiled": (1, {**TE, "compile": True}, {}, ["parallel.compile is for mpdit's own layers", "parallel.backend"]),
     "no block in fp8": (1, {**FP8, "fp8_bf16_blocks": 2}, {}, ["fp8_bf16_blocks 2 at each end", "model.depth 4"]),
     "fewer than no blocks": (1, {**FP8, "fp8_bf16_blocks": -1}, {}, ["parallel.fp8_bf16_blocks is -1", "at least 0"]),
     "features": (

@@ -1,4 +1,4 @@
-"""GPUs by name, and how long recorded work takes on one: a roofline with stated efficiencies."""
+"""How long recorded work takes on a GPU: a roofline with stated efficiencies."""
 
 import dataclasses
 from pathlib import Path
@@ -8,37 +8,9 @@ import yaml
 
 from mpdit.config import Config
 from mpdit.errors import InputError
+from mpdit.gpus import GPU, GPUS
 from mpdit.parallel import fp8_rules
 from mpdit_tools.plan.record import Op, Work
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GPU:
-    """Makers' peak rates, dense, and the memory. Links are per GPU and direction: within a node, and between nodes."""
-
-    capability: tuple[int, int]
-    fp8_flops_s: float  # 0: it has none
-    bf16_flops_s: float
-    fp32_flops_s: float
-    memory_bytes: float
-    memory_bytes_s: float
-    node_bytes_s: float
-    network_bytes_s: float
-
-
-# fmt: off
-GPUS: dict[str, GPU] = {
-    # SXM boards; NVLink 3, 4, 4, 5; one 200 or 400 Gbit/s port a GPU, as in a DGX.
-    "a100": GPU(capability=(8, 0),  fp8_flops_s=0,       bf16_flops_s=312e12,  fp32_flops_s=19.5e12,
-                memory_bytes=80e9,  memory_bytes_s=2.04e12, node_bytes_s=300e9, network_bytes_s=25e9),
-    "h100": GPU(capability=(9, 0),  fp8_flops_s=1979e12, bf16_flops_s=989e12,  fp32_flops_s=67e12,
-                memory_bytes=80e9,  memory_bytes_s=3.35e12, node_bytes_s=450e9, network_bytes_s=50e9),
-    "h200": GPU(capability=(9, 0),  fp8_flops_s=1979e12, bf16_flops_s=989e12,  fp32_flops_s=67e12,
-                memory_bytes=141e9, memory_bytes_s=4.8e12,  node_bytes_s=450e9, network_bytes_s=50e9),
-    "b200": GPU(capability=(10, 0), fp8_flops_s=4500e12, bf16_flops_s=2250e12, fp32_flops_s=75e12,
-                memory_bytes=180e9, memory_bytes_s=7.7e12,  node_bytes_s=900e9, network_bytes_s=50e9),
-}
-# fmt: on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +68,7 @@ class Machine:
 
     @property
     def peak_flops_s(self) -> float:
-        """What MFU is a share of. FP8's is bf16's: what its products gain shows, and not all of a step is FP8."""
-        return self.gpu.bf16_flops_s if self.precision in ("bf16", "fp8") else self.gpu.fp32_flops_s
+        return self.gpu.flops_s(self.precision)
 
     def _flops_s(self, op: Op) -> float:
         return self.gpu.fp8_flops_s if op.name == "_scaled_mm" else self.peak_flops_s
