@@ -185,3 +185,28 @@ def test_the_blocks_at_the_ends_stay_in_bf16(arch: str, ends: int) -> None:
         **{"fp8": "e4m3", "fp8_recipe": "blockwise", "bf16": True, "tp_comm_overlap": False, "fp8_param": False},
         **{"use_mup": False},
     }
+
+
+def fused(rank: int, world: int, config: Config) -> tuple[set[bool], bool]:
+    """Whether TE's linears add to the gradient buffers themselves, and whether Megatron's own are to."""
+    import transformer_engine.pytorch as te
+
+    from mpdit.parallel import groups
+    from mpdit.train import session
+
+    groups.start(config.parallel, seed=0)
+    with stub.building():
+        run = session.build(config)
+    linears = [layer for chunk in run.network.chunks for layer in chunk.modules() if isinstance(layer, te.Linear)]
+    buffered = {hasattr(layer.weight, "main_grad") for layer in linears}
+    found = {layer.fuse_wgrad_accumulation for layer in linears}
+    groups.stop()
+    assert found == buffered
+    return found, run.network.ctx.megatron.gradient_accumulation_fusion
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("parallel", "fuses"), [(FP8, True), ({"backend": "te", "precision": "fp32"}, False)])
+def test_gradients_are_added_in_the_product_where_there_is_a_buffer(parallel: dict[str, Any], fuses: bool) -> None:
+    """In TE's linears alone: Megatron's would ask for apex."""
+    assert ranks.run(1, fused, config=config("pixart", **parallel)) == [({fuses}, False)]

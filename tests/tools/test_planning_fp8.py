@@ -208,3 +208,20 @@ def test_sampling_options_draw_such_a_run_in_bf16_anywhere(launch: Path) -> None
 
     arguments = sample.Arguments(run=launch, prompts=Path("prompts.txt"))
     assert sample.sample_config(arguments).parallel == dataclasses.replace(configs.Parallel(), precision="bf16")
+
+
+def test_a_proxy_is_transferred_to_a_target_in_fp8(launch: Path, tmp_path: Path) -> None:
+    """The folder's config is the target's, its plan FP8's, its batch script in the container that has both."""
+    proxy = yaml.safe_load((launch / "config.yaml").read_text())
+    proxy |= {"parallel": {}, "mup": {"base_width": 64}, "optim": {"lr": 1e-3}}
+    (tmp_path / "proxy.yaml").write_text(yaml.safe_dump(proxy))
+    (tmp_path / "wide.yaml").write_text("model: {width: 128}\nparallel: {tp: 2, sp: true, micro_batch: 4}\n")
+    out = tmp_path / "out"
+    options = ["--from", tmp_path / "proxy.yaml", "--to", tmp_path / "wide.yaml", "--image", "team/mpdit:0.1.0"]
+    code, _, error = commands.run("transfer", *TE, *options, "--out", out)
+    assert code == 0, error
+    parallel = configs.load(out).parallel
+    assert (parallel.backend, parallel.precision, parallel.fp8_recipe) == ("te", "fp8", "tensorwise")
+    assert json.loads((out / "plan.json").read_text())["parallel"]["precision"] == "fp8"
+    assert "fp8 (tensorwise)" in (out / "REPORT.md").read_text()
+    assert '--container-image="${CONTAINER_IMAGE:-team/mpdit:0.1.0}"' in (out / "launch.sbatch").read_text()
