@@ -21,7 +21,7 @@ STOP, STEPS = 2, 4
 
 
 def run_config(data: Path, folder: Path, parallel: dict[str, Any]) -> Config:
-    train = {"steps": STEPS, "save_every": STOP, "keep_last": 0}
+    train = {"steps": STEPS, "save_every": STOP, "keep_last": 0, "posthoc_ema": [0.1]}
     return tiny.with_run_dir(tiny.config(data, parallel=parallel, train=train), folder)
 
 
@@ -102,7 +102,7 @@ def test_another_layout_goes_on_with_them(unbroken: Path, tiny_set: Path, tmp_pa
             {**DELAYED, "fp8_recipe": "tensorwise"},
             "is of fp8_recipe delayed, history 1024, algorithm max and is left out",
         ),
-        ({"precision": "bf16"}, "left out; the run keeps none"),
+        ({"precision": "bf16"}, "left out; none is needed here"),
     ],
 )
 def test_another_recipe_leaves_them_out_with_a_word(
@@ -126,6 +126,17 @@ def test_a_checkpoint_without_them_starts_them_anew(unbroken: Path, tiny_set: Pa
     found, note = ranks.run(1, state_of, path=path, config=config, weights=False)[0]
     assert note == "the scales of fp8_recipe delayed, history 1024, algorithm max start at 1"
     assert all((kinds["fp8_scale"] == 1).all() for kinds in found.values())
+
+
+def test_averages_alone_have_none_and_drawing_with_them_says_so(unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    assert commands.run("ema", unbroken, "--sigma-rel", "0.1", "--out", tmp_path / "average")[0] == 0
+    argv = ["sample", unbroken, "--prompts", tmp_path / "prompts.txt", "--steps", 1]
+    code, _, error = commands.run(*argv, "--out", tmp_path / "pictures")
+    assert (code, error) == (0, "")
+    code, _, error = commands.run(*argv, "--out", tmp_path / "more", "--weights", tmp_path / "average")
+    assert code == 0
+    assert error == "mpdit: the scales of fp8_recipe delayed, history 1024, algorithm max start at 1\n"
 
 
 def _written(config: Config, path: Path) -> Path:
