@@ -19,7 +19,7 @@ from mpdit.config import Config, to_dict
 from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
 from mpdit.models import repa
-from mpdit.parallel import backend, fp8_rules, groups, optimizer, sharded
+from mpdit.parallel import backend, fp8, fp8_rules, groups, optimizer, sharded
 from mpdit.train import checkpoints
 from mpdit.train.session import Network, Session
 
@@ -192,11 +192,18 @@ def load_weights(network: Network, path: Path, *, ema: bool) -> None:
 
 def note_on_scales(path: Path, config: Config) -> str:
     """What a person should know of the state of FP8 in a checkpoint that `config` goes on from; often nothing."""
-    theirs, mine = checkpoints.state(path).get("fp8") or {}, fp8_rules.remembers(config)
+    theirs, mine = _remembered(path), fp8_rules.remembers(config)
     if theirs == mine:
         return ""
     left = f"FP8's state in {path} is of {_said(theirs)} and is left out; " if theirs else ""
-    return left + (f"the scales of {_said(mine)} start at 1" if mine else "the run keeps none")
+    return left + (f"the scales of {_said(mine)} start at 1" if mine else "none is needed here")
+
+
+def _remembered(path: Path) -> dict[str, Any]:
+    """How the state of FP8 in a checkpoint came about; empty where there is none, as with averages alone."""
+    found: dict[str, Any] = checkpoints.state(path).get("fp8") or {}
+    kept = found and any(key.startswith(f"{fp8.STATE[0]}.") for key in sharded.Stored(path).shapes)
+    return found if kept else {}
 
 
 def _said(remembered: dict[str, Any]) -> str:
@@ -206,7 +213,7 @@ def _said(remembered: dict[str, Any]) -> str:
 def _load_scales(network: Network, path: Path) -> None:
     """What delayed scaling remembers, where the checkpoint has it of the same recipe; else as it is at the start."""
     wanted = backend.scales(network.ctx, network.chunks)
-    if not wanted or checkpoints.state(path).get("fp8") != fp8_rules.remembers(network.ctx.config):
+    if not wanted or _remembered(path) != fp8_rules.remembers(network.ctx.config):
         return
     stored = sharded.Stored(path)
     kept = {  # a block that has come into FP8 since is not in it

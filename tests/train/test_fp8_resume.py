@@ -1,5 +1,6 @@
 """A run under delayed scaling goes on with the scales and histories that it stopped with, in any layout."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ STOP, STEPS = 2, 4
 
 
 def run_config(data: Path, folder: Path, parallel: dict[str, Any]) -> Config:
-    train = {"steps": STEPS, "save_every": STOP, "keep_last": 0}
+    train = {"steps": STEPS, "save_every": STOP, "keep_last": 0, "posthoc_ema": [0.1]}
     return tiny.with_run_dir(tiny.config(data, parallel=parallel, train=train), folder)
 
 
@@ -101,8 +102,7 @@ def test_another_layout_goes_on_with_them(unbroken: Path, tiny_set: Path, tmp_pa
             {**DELAYED, "fp8_recipe": "tensorwise"},
             "is of fp8_recipe delayed, history 1024, algorithm max and is left out",
         ),
-        ({"precision": "bf16"}, "left out; the run keeps none"),
-        (DELAYED, ""),
+        ({"precision": "bf16"}, "left out; none is needed here"),
     ],
 )
 def test_another_recipe_leaves_them_out_with_a_word(
@@ -116,12 +116,27 @@ def test_another_recipe_leaves_them_out_with_a_word(
 
 
 def test_a_checkpoint_without_them_starts_them_anew(unbroken: Path, tiny_set: Path, tmp_path: Path) -> None:
-    bf16 = run_config(tiny_set, tmp_path / "bf16", {"precision": "bf16"})
-    ranks.run(1, train, config=bf16)
-    config = run_config(tiny_set, from_stop(tmp_path / "bf16", tmp_path / "delayed"), DELAYED)
-    code, out, error = commands.run("train", _written(config, tmp_path / "config.yaml"))
-    assert code == 0, error
-    assert "the scales of fp8_recipe delayed, history 1024, algorithm max start at 1" in out
+    """Such as one that bf16 wrote, or an earlier commit: its state.json says nothing of FP8."""
+    path = tmp_path / f"step_{STOP}"
+    shutil.copytree(unbroken / f"checkpoints/step_{STOP}", path)
+    state = json.loads((path / "state.json").read_text())
+    assert state.pop("fp8") == {"fp8_recipe": "delayed", "history": 1024, "algorithm": "max"}
+    (path / "state.json").write_text(json.dumps(state))
+    config = run_config(tiny_set, tmp_path / "run", DELAYED)
+    found, note = ranks.run(1, state_of, path=path, config=config, weights=False)[0]
+    assert note == "the scales of fp8_recipe delayed, history 1024, algorithm max start at 1"
+    assert all((kinds["fp8_scale"] == 1).all() for kinds in found.values())
+
+
+def test_averages_alone_have_none_and_drawing_with_them_says_so(unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    assert commands.run("ema", unbroken, "--sigma-rel", "0.1", "--out", tmp_path / "average")[0] == 0
+    argv = ["sample", unbroken, "--prompts", tmp_path / "prompts.txt", "--steps", 1]
+    code, _, error = commands.run(*argv, "--out", tmp_path / "pictures")
+    assert (code, error) == (0, "")
+    code, _, error = commands.run(*argv, "--out", tmp_path / "more", "--weights", tmp_path / "average")
+    assert code == 0
+    assert error == "mpdit: the scales of fp8_recipe delayed, history 1024, algorithm max start at 1\n"
 
 
 def _written(config: Config, path: Path) -> Path:

@@ -145,6 +145,9 @@ def draw_to(
 
     network = session.build_network(config)
     checkpoint.load_weights(network, checkpoint_path, ema=ema)
+    note = checkpoint.note_on_scales(checkpoint_path, config)
+    if note and groups.rank() == 0:
+        print(f"mpdit: {note}", file=sys.stderr)
     images = session.draw(network, config, prompts, tokenizer)
     if groups.rank() == 0:
         for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
