@@ -1,6 +1,6 @@
 """Transformer Engine on a GPU: bf16 against this project's own layers, FP8 against its emulation, a run against a run.
 
-Written without a GPU at hand, and not run on one by its authors.
+Not run on a GPU yet.
 """
 
 import json
