@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": ("mpdit_tools.doctor:main", "what this machine can run, and what to do about the rest"),
     "data":   ("mpdit_tools.data.main:main", "build image-text shards, and caches of latents and text states"),
     "coordcheck": ("mpdit_tools.coordcheck.main:main", "does muP hold? slopes over widths, in any layout"),
+    "fp8check": ("mpdit_tools.fp8check.main:main", "what does FP8 do to this model? bf16 beside it, over widths"),
     "sweep":  ("mpdit_tools.sweep.main:main", "tune base hyperparameters on the proxy; killed searches go on"),
     "transfer": ("mpdit_tools.transfer.main:main", "a tuned proxy's values -> a launch folder for a large model"),
     "plan":   ("mpdit_tools.plan.main:main", "memory, work, bubble and time of a run on GPUs; needs none"),

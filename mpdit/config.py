@@ -107,9 +107,12 @@ class Parallel:
     recompute: Literal["none", "full"] = "none"
     compile: bool = False  # torch.compile for each block; the first step takes a minute
     micro_batch: int = 0  # images a rank runs at once; 0: its whole share of the batch (pp: a pp-th of it)
-    backend: Literal["local"] = "local"
+    backend: Literal["local", "te"] = "local"  # te: Transformer Engine's linears, norms and attention, on CUDA
     kernels: Literal["auto", "torch", "triton"] = "auto"  # norms, gates, residuals; auto: triton where a GPU can
-    precision: Literal["fp32", "bf16"] = "fp32"
+    # The three below act in blocks alone; around them all is as in bf16.
+    precision: Literal["fp32", "bf16", "fp8", "fp8_emulated"] = "fp32"  # fp8: of backend te; fp8_emulated: its rounding
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"  # which numbers share a scale
+    fp8_bf16_blocks: int = 1  # blocks at each end that stay in bf16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

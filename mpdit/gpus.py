@@ -7,6 +7,8 @@ import dataclasses
 class GPU:
     """Makers' peak rates, dense, and the memory. Links are per GPU and direction: within a node, and between nodes."""
 
+    capability: tuple[int, int]  # CUDA's compute capability
+    fp8_flops_s: float  # 0: it has none
     bf16_flops_s: float
     fp32_flops_s: float
     memory_bytes: float
@@ -22,14 +24,14 @@ class GPU:
 # fmt: off
 GPUS: dict[str, GPU] = {
     # SXM boards; NVLink 3, 4, 4, 5; one 200 or 400 Gbit/s port a GPU, as in a DGX.
-    "a100": GPU(bf16_flops_s=312e12,  fp32_flops_s=19.5e12, memory_bytes=80e9,  memory_bytes_s=2.04e12,
-                node_bytes_s=300e9, network_bytes_s=25e9),
-    "h100": GPU(bf16_flops_s=989e12,  fp32_flops_s=67e12,   memory_bytes=80e9,  memory_bytes_s=3.35e12,
-                node_bytes_s=450e9, network_bytes_s=50e9),
-    "h200": GPU(bf16_flops_s=989e12,  fp32_flops_s=67e12,   memory_bytes=141e9, memory_bytes_s=4.8e12,
-                node_bytes_s=450e9, network_bytes_s=50e9),
-    "b200": GPU(bf16_flops_s=2250e12, fp32_flops_s=75e12,   memory_bytes=180e9, memory_bytes_s=7.7e12,
-                node_bytes_s=900e9, network_bytes_s=50e9),
+    "a100": GPU(capability=(8, 0),  fp8_flops_s=0,       bf16_flops_s=312e12,  fp32_flops_s=19.5e12,
+                memory_bytes=80e9,  memory_bytes_s=2.04e12, node_bytes_s=300e9, network_bytes_s=25e9),
+    "h100": GPU(capability=(9, 0),  fp8_flops_s=1979e12, bf16_flops_s=989e12,  fp32_flops_s=67e12,
+                memory_bytes=80e9,  memory_bytes_s=3.35e12, node_bytes_s=450e9, network_bytes_s=50e9),
+    "h200": GPU(capability=(9, 0),  fp8_flops_s=1979e12, bf16_flops_s=989e12,  fp32_flops_s=67e12,
+                memory_bytes=141e9, memory_bytes_s=4.8e12,  node_bytes_s=450e9, network_bytes_s=50e9),
+    "b200": GPU(capability=(10, 0), fp8_flops_s=4500e12, bf16_flops_s=2250e12, fp32_flops_s=75e12,
+                memory_bytes=180e9, memory_bytes_s=7.7e12,  node_bytes_s=900e9, network_bytes_s=50e9),
 }
 # fmt: on
 

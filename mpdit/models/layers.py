@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from mpdit.config import Model
 from mpdit.parallel import tokens
-from mpdit.parallel.attention import Attention
+from mpdit.parallel.backend import Attention, ColumnLinear, RowLinear
 from mpdit.parallel.context import Context
-from mpdit.parallel.linears import ColumnLinear, HeadNorm, Modulation, Readout, ReplicatedLinear, RowLinear, Table
+from mpdit.parallel.linears import HeadNorm, Modulation, Readout, ReplicatedLinear, Table
 from mpdit.parallel.stages import Grid, Stream
 from mpdit_kernels.modulate import layer_norm_modulate
 
@@ -179,7 +179,7 @@ class SelfAttention(nn.Module):
     def __init__(self, ctx: Context, *, qkv_bias: bool = True) -> None:
         super().__init__()
         self.qkv = QKV(ctx, bias=qkv_bias)
-        self.attention = Attention(ctx.softmax_scale)
+        self.attention = Attention(ctx)
         self.proj = RowLinear(ctx, ctx.width, ctx.width)
 
     def forward(self, x_SBD: Tensor) -> Tensor:

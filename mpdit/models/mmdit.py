@@ -25,9 +25,9 @@ from mpdit.models.layers import (
     time_features,
 )
 from mpdit.parallel import tokens
-from mpdit.parallel.attention import Attention
+from mpdit.parallel.backend import Attention, RowLinear
 from mpdit.parallel.context import Context
-from mpdit.parallel.linears import Modulation, RowLinear
+from mpdit.parallel.linears import Modulation
 from mpdit.parallel.stages import Grid, Stream
 from mpdit_kernels.modulate import gated_residual, gated_residual_modulate, layer_norm_modulate
 
@@ -94,7 +94,7 @@ class Block(nn.Module):
         super().__init__()
         self.img = StreamBlock(ctx, pre_only=False)
         self.txt = StreamBlock(ctx, pre_only=last)
-        self.attention = Attention(ctx.softmax_scale)
+        self.attention = Attention(ctx)
 
     def forward(self, image_SBD: Tensor, text_LBD: Tensor, cond_1BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         img_mod, txt_mod = self.img.ada(cond_1BD), self.txt.ada(cond_1BD)

@@ -23,9 +23,9 @@ from mpdit.models.layers import (
     time_features,
 )
 from mpdit.parallel import tokens
-from mpdit.parallel.attention import Attention
+from mpdit.parallel.backend import Attention, ColumnLinear, RowLinear
 from mpdit.parallel.context import Context
-from mpdit.parallel.linears import ColumnLinear, Modulation, Readout, RowLinear, ScaleShift, Table
+from mpdit.parallel.linears import Modulation, Readout, ScaleShift, Table
 from mpdit.parallel.stages import Grid, Stream
 from mpdit_kernels.modulate import gated_residual, gated_residual_modulate, layer_norm_modulate
 
@@ -59,7 +59,7 @@ class CrossAttention(nn.Module):
         self.head_dim = ctx.config.model.head_dim
         self.q = ColumnLinear(ctx, ctx.width, ctx.width)
         self.kv = ColumnLinear(ctx, ctx.width, 2 * ctx.width)
-        self.attention = Attention(ctx.softmax_scale)
+        self.attention = Attention(ctx)
         self.proj = RowLinear(ctx, ctx.width, ctx.width, gain=0.0)
 
     def forward(self, x_SBD: Tensor, text_LBD: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from mpdit.models.layers import (
 )
 from mpdit.mup.roles import Group, declare, matrix, vector
 from mpdit.parallel import tokens
+from mpdit.parallel.backend import LayerNorm, WholeLinear
 from mpdit.parallel.context import Context
-from mpdit.parallel.linears import LayerNorm, Positions, Readout, ReplicatedLinear, WholeLinear
+from mpdit.parallel.linears import Positions, Readout, ReplicatedLinear
 from mpdit.parallel.stages import Grid, Stream
 from mpdit_kernels.modulate import gated_residual
 
@@ -60,7 +61,7 @@ class Block(nn.Module):
         self.leaves_skip, self.residual_multiplier = leaves_skip, ctx.residual_multiplier
         self.skip = WholeLinear(ctx, 2 * ctx.width, ctx.width) if takes_skip else None
         if self.skip is not None:
-            self.skip.on_main_path = True
+            self.skip.on_main_path = True  # type: ignore[assignment]
         self.norm_1 = LayerNorm(ctx)
         self.attn = SelfAttention(ctx, qkv_bias=False)
         self.norm_2 = LayerNorm(ctx)

@@ -1,1 +1,1 @@
-"""The only room that imports megatron.core: devices, layers, layouts, stages, optimizer, checkpoints."""
+"""The only room that imports megatron.core and Transformer Engine: devices, layers, layouts, optimizer, checkpoints."""

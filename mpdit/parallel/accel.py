@@ -9,13 +9,16 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from mpdit.errors import InputError
 from mpdit.parallel.apex import refuse_foreign_apex
+from mpdit.parallel.te_install import find_te, install, refuse_half_te
 
 _CPU = torch.device("cpu")
 # Imported before anything is patched: some patches go into these modules, and what they bound by name must be real.
@@ -63,10 +66,12 @@ def collective_backend() -> str:
 def enter() -> None:
     """Make this process ready for megatron-core. Idempotent; call it before any process group is made.
 
-    Raises InputError for PyPI's `apex`, whose mere presence breaks megatron-core.
+    Raises InputError for PyPI's `apex` and for half a Transformer Engine, whose mere presence breaks megatron-core.
     """
     global _entered
     refuse_foreign_apex()
+    refuse_half_te()
+    _meet_te()
     # Megatron overlaps gradient reductions with GEMMs by launch order, which one hardware queue keeps.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # megatron-core's own business: its default for CUDA graphs, and functions that newer torch has renamed.
@@ -89,6 +94,34 @@ def enter() -> None:
         _patch_cuda_module()
         _patch_random()
     _entered = True
+
+
+def _meet_te() -> None:
+    """A Transformer Engine that is there whole: import it before megatron-core does, whose errors would be others."""
+    if not is_cuda():
+        # Of no use here, and its import takes seconds, or fails: 2.17 and 2.18 ask for the driver. None in its place is
+        # an ImportError to whoever tries, which is what megatron-core expects.
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
+        return
+    found = find_te()
+    if found.state != "whole":
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        raise InputError(
+            f"Transformer Engine {found.version}: does not import with torch {torch.__version__} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); build it for this torch: {install()}, or "
+            "run pip uninstall on its parts."
+        ) from error
+
+
+def gpu() -> tuple[str, tuple[int, int], tuple[int, int]] | None:
+    """Name and compute capability of this process's GPU, and torch's CUDA version; None without one."""
+    if not is_cuda():
+        return None
+    major, minor = (torch.version.cuda or "0.0").split(".")[:2]
+    return torch.cuda.get_device_name(), torch.cuda.get_device_capability(), (int(major), int(minor))
 
 
 def _names_cuda(value: Any) -> bool:

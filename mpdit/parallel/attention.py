@@ -11,6 +11,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpdit.parallel.context import Context
+
 
 class _HeadsToTokens(torch.autograd.Function):
     """[S, B, H, d] with S this rank's tokens -> [S * cp, B, H / cp, d] with all tokens (`split_heads`), or back."""
@@ -42,17 +44,20 @@ class Attention(nn.Module):
     back after (DeepSpeed-Ulysses, arXiv 2309.14509), so H must divide by cp. The order of tokens does not matter.
     """
 
-    def __init__(self, softmax_scale: float) -> None:
+    def __init__(self, ctx: Context) -> None:
         super().__init__()
-        self.softmax_scale = softmax_scale
+        self.softmax_scale = ctx.softmax_scale
 
     def forward(self, q_SBHd: Tensor, k_LBHd: Tensor, v_LBHd: Tensor) -> Tensor:
         group = parallel_state.get_context_parallel_group()
         if group.size() > 1:
             q_SBHd, k_LBHd, v_LBHd = (_HeadsToTokens.apply(x, group, True) for x in (q_SBHd, k_LBHd, v_LBHd))
-        q_BHSd, k_BHLd, v_BHLd = (x.permute(1, 2, 0, 3) for x in (q_SBHd, k_LBHd, v_LBHd))
-        o_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHLd, v_BHLd, scale=self.softmax_scale)
-        o_SBHd = o_BHSd.permute(2, 0, 1, 3)
+        o_SBHd = self.attend(q_SBHd, k_LBHd, v_LBHd)
         if group.size() > 1:
             o_SBHd = _HeadsToTokens.apply(o_SBHd, group, False)
         return o_SBHd.flatten(2)
+
+    def attend(self, q_SBHd: Tensor, k_LBHd: Tensor, v_LBHd: Tensor) -> Tensor:
+        """[S, B, H, d] of whole tokens and this rank's heads."""
+        q_BHSd, k_BHLd, v_BHLd = (x.permute(1, 2, 0, 3) for x in (q_SBHd, k_LBHd, v_LBHd))
+        return F.scaled_dot_product_attention(q_BHSd, k_BHLd, v_BHLd, scale=self.softmax_scale).permute(2, 0, 1, 3)

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mpdit.config import Config
 from mpdit.mup import rules
 from mpdit.mup.roles import Width
+from mpdit.parallel import fp8_rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +37,23 @@ class Context:
         return rules.softmax_scale(self.config.model.head_dim, self.config.mup)
 
     @property
+    def fp8(self) -> bool:
+        """Whether the hidden linears built with this context multiply in FP8."""
+        return fp8_rules.quantised(self.config, self.block)
+
+    @property
+    def emulates_fp8(self) -> bool:
+        """Whether this project's own linears do."""
+        return self.fp8 and self.config.parallel.precision == "fp8_emulated"
+
+    @property
     def residual_multiplier(self) -> float:
         return rules.residual_multiplier(self.config)
 
 
 def build(config: Config) -> Context:
     model, parallel = config.model, config.parallel
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[parallel.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[fp8_rules.stored(parallel.precision)]
     interleaved = parallel.vpp > 1
     recompute = parallel.recompute == "full"
     megatron = TransformerConfig(
@@ -60,9 +71,15 @@ def build(config: Config) -> Context:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        # Which blocks stay in bf16 is our layers' business: Megatron would count its own.
+        fp8=fp8_rules.number_format(parallel.fp8_recipe) if parallel.precision == "fp8" else None,
+        fp8_recipe=parallel.fp8_recipe,
+        fp8_amax_history_len=fp8_rules.AMAX_HISTORY,
+        fp8_amax_compute_algo=fp8_rules.AMAX_ALGORITHM,
         # Weights are drawn by mpdit.parallel.init, so that they do not depend on the layout.
         perform_initialization=False,
         use_cpu_initialization=True,
+        # Of Megatron's own linears, which need apex for it. Transformer Engine's have theirs (optimizer.wrap).
         gradient_accumulation_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

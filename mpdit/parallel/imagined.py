@@ -5,6 +5,7 @@ and move nothing (torch's "fake" backend), tensors have shapes and types but no 
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -12,8 +13,14 @@ from megatron.core import parallel_state, tensor_parallel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mpdit.config import Parallel
+from mpdit.config import Config, Parallel
 from mpdit.errors import InputError
+
+
+def with_own_layers(config: Config) -> Config:
+    """`config` with this project's own layers, not compiled, in the place of Transformer Engine's, which GPUs alone can
+    have. Names, shapes, shards and roles are the same."""
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, backend="local", compile=False))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def full_value(name: str, entry: Entry, seed: int) -> Tensor:
     return torch.randn(tag.shape, generator=generator) * std
 
 
-def sharded_dim(parameter: nn.Parameter) -> int | None:
+def sharded_dim(parameter: Tensor) -> int | None:
     """The dimension along which tensor ranks hold parts of a parameter; None if each holds it whole."""
     return getattr(parameter, "partition_dim") if getattr(parameter, "tensor_model_parallel", False) else None  # noqa: B009
 

@@ -6,13 +6,15 @@ its outputs, a row-parallel one over its inputs; both keep Megatron's names. Bia
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel as tp
+from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce_scatter_along_first_dim
 from torch import Tensor, nn
 
 from mpdit.mup.roles import Group, declare, matrix, table, vector
-from mpdit.parallel import tokens
+from mpdit.parallel import accel, fp8, tokens
 from mpdit.parallel.context import Context
 from mpdit_kernels.heads import head_norm
 from mpdit_kernels.linear import linear
@@ -29,27 +31,67 @@ def _mark_sharded(weight: nn.Parameter, dim: int) -> None:
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # x [..., K], w [N, K], b [N] -> x w' + b, [..., N]
 
 
-def _product(ctx: Context) -> Product | None:
+def _megatrons_or_plain(ctx: Context) -> Product | None:
     """How a rank multiplies; None: as Megatron does, whose communication between tensor ranks overlaps with it."""
     return linear if ctx.config.parallel.tp == 1 else None
 
 
-class ColumnLinear(tp.ColumnParallelLinear):
+def _product(ctx: Context, *sharded: fp8.Name) -> Product | None:
+    """The same for hidden linears, which may be in FP8. `sharded`: which of x, w and dy, the gradient of the product,
+    each tensor rank has a part of."""
+    return fp8.product(ctx, frozenset(sharded)) if ctx.emulates_fp8 else _megatrons_or_plain(ctx)
+
+
+class _OnCPU:
+    """Of a Megatron linear: on a CPU, where communication overlaps with nothing, its products are :func:`linear`'s, as
+    those of a rank alone are."""
+
+    def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
+        if accel.is_cuda():
+            y_SBD: Tensor = super()._forward_impl(*args, **kwargs)  # type: ignore[misc]
+            return y_SBD
+        x_SBD, weight, bias = kwargs["input"], kwargs["weight"], kwargs["bias"]
+        if kwargs["sequence_parallel"]:
+            return _GatheredLinear.apply(x_SBD, weight, bias)
+        if kwargs["allreduce_dgrad"]:
+            x_SBD = tp.copy_to_tensor_model_parallel_region(x_SBD)
+        return linear(x_SBD, weight, bias)
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """Of this rank's tokens, joined before the product; they are joined again for the gradient, not kept, as Megatron
+    does it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SBD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_SBD, weight)
+        return linear(_gather_along_first_dim(x_SBD), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x_SBD, weight = ctx.saved_tensors
+        dy_TN = grads[0].flatten(0, -2)
+        dw_ND = linear(dy_TN.T, _gather_along_first_dim(x_SBD).flatten(0, -2).T)
+        dx_SBD = _reduce_scatter_along_first_dim(linear(grads[0], weight.T))
+        return dx_SBD, dw_ND, dy_TN.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class ColumnLinear(_OnCPU, tp.ColumnParallelLinear):
     """[S, B, fan_in] whole -> [S, B, fan_out / tp]: this rank's outputs. Under SP the input is gathered along S."""
 
     def __init__(self, ctx: Context, fan_in: int, fan_out: int, *, bias: bool = True) -> None:
         super().__init__(fan_in, fan_out, config=ctx.megatron, init_method=None, bias=bias, gather_output=False)
-        self.product = _product(ctx)
+        self.ctx, self.product = ctx, _product(ctx, "w", "dy")
         _mark_sharded(self.weight, 0)
         declare(self, weight=matrix(fan_out, fan_in), **({"bias": vector(fan_out)} if bias else {}))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        if self.product is not None:
-            return self.product(x_SBD, self.weight, self.bias)
-        return super().forward(x_SBD)[0]
+        if self.product is None:
+            return super().forward(x_SBD)[0]
+        return self.product(tokens.whole_input(self.ctx, x_SBD), self.weight, self.bias)
 
 
-class RowLinear(tp.RowParallelLinear):
+class RowLinear(_OnCPU, tp.RowParallelLinear):
     """[S, B, fan_in / tp] -> [S, B, fan_out] summed over the tensor ranks. Under SP the output is scattered along S."""
 
     def __init__(self, ctx: Context, fan_in: int, fan_out: int, *, gain: float = 1.0) -> None:
@@ -62,29 +104,27 @@ class RowLinear(tp.RowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=False,
         )
-        self.product = _product(ctx)
+        self.ctx, self.product = ctx, _product(ctx, "x", "w")
         _mark_sharded(self.weight, 1)
         declare(self, weight=matrix(fan_out, fan_in, gain=gain), bias=vector(fan_out))
 
     def forward(self, x_SBD: Tensor) -> Tensor:
-        if self.product is not None:
+        if self.product is None:
+            return super().forward(x_SBD)[0]
+        if self.ctx.config.parallel.tp == 1:
             return self.product(x_SBD, self.weight, self.bias)
-        return super().forward(x_SBD)[0]
+        return tokens.summed_output(self.ctx, self.product(x_SBD, self.weight, None)) + self.bias
 
 
 class WholeLinear(ColumnLinear):
     """[S, B, fan_in] -> [S, B, fan_out]: its outputs are sharded, then put together on every rank again."""
-
-    def __init__(self, ctx: Context, fan_in: int, fan_out: int) -> None:
-        super().__init__(ctx, fan_in, fan_out)
-        self.ctx = ctx
 
     def forward(self, x_SBD: Tensor) -> Tensor:
         y_SBD = super().forward(x_SBD)
         return tokens.scatter(self.ctx, tp.gather_from_tensor_model_parallel_region(y_SBD))
 
 
-class Modulation(tp.ColumnParallelLinear):
+class Modulation(_OnCPU, tp.ColumnParallelLinear):
     """adaLN: conditioning [1, B, D] -> `parts` tensors [1, B, D]. A third of an MMDiT's weights, so sharded under TP.
 
     The conditioning is whole on every rank, so the layer takes a config without sequence parallelism. Under SP what it
@@ -96,7 +136,7 @@ class Modulation(tp.ColumnParallelLinear):
         config = dataclasses.replace(ctx.megatron, sequence_parallel=False)
         super().__init__(ctx.width, parts * ctx.width, config=config, init_method=None, bias=True, gather_output=True)
         _mark_sharded(self.weight, 0)
-        self.parts, self.product = parts, _product(ctx)
+        self.parts, self.product = parts, _megatrons_or_plain(ctx)
         self.sum_gradient = tokens_sharded and ctx.megatron.sequence_parallel
         gain = 0.0 if ctx.config.mup.adaln_init == "zero" else 1.0
         weight = matrix(parts * ctx.width, ctx.width, group=Group.MODULATION, gain=gain)

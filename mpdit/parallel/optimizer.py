@@ -19,6 +19,7 @@ from mpdit.config import Optim
 from mpdit.errors import InputError
 from mpdit.mup import rules
 from mpdit.mup.table import Table, optimizer_groups
+from mpdit.parallel import backend
 from mpdit.parallel.context import Context
 from mpdit.parallel.timers import Timers
 
@@ -67,6 +68,7 @@ def wrap(ctx: Context, stages: Sequence[nn.Module]) -> list[Any]:
         DistributedDataParallel(megatron, settings, stage, disable_bucketing=index > 0)
         for index, stage in enumerate(stages)
     ]
+    backend.accumulate_in_buffers(ctx, stages)
     if overlap:
         megatron.no_sync_func = _each(chunks, "no_sync")
         megatron.grad_sync_func = _each(chunks, "start_grad_sync")
@@ -124,7 +126,7 @@ def build(ctx: Context, chunks: Sequence[Any], table: Table) -> tuple[Any, Optim
             adam_beta2=beta2,
             adam_eps=optim.eps,
             clip_grad=optim.clip,
-            bf16=parallel.precision == "bf16",
+            bf16=ctx.dtype is torch.bfloat16,
             params_dtype=ctx.dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,

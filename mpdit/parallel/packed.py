@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -123,15 +123,17 @@ class Shares:
         return rank
 
 
-def pack(tensors: Iterable[tuple[str, Tensor, nn.Parameter]], rank: int, image: Image) -> list[Place]:
-    """This rank's share of (key, value, parameter), copied into `image`; where each lies. Collective if `tensors` is.
+def pack(tensors: Iterable[tuple[str, Tensor, Tensor]], rank: int, image: Image) -> list[Place]:
+    """This rank's share of (key, value, what lies in the layout as it does), copied into `image`; where each lies.
+
+    Collective if `tensors` is.
 
     Raises OSError when memory is out, after `tensors` is exhausted: the other ranks go through it too.
     """
     places: list[Place] = []
     shares, trouble, files = Shares(sharded.replicas()), None, 0
-    for key, value, parameter in tensors:
-        described = sharded.tensor(key, value, parameter)
+    for key, value, like in tensors:
+        described = sharded.tensor(key, value, like)
         *model_ranks, data_rank = described.replica_id
         if any(model_ranks) or shares.owner(value.nbytes) != data_rank or trouble is not None:
             continue

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_read
     CachedMetadataFileSystemReader,
 )
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import default_planner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -44,9 +44,9 @@ _METADATA = {
 }
 
 
-def tensor(key: str, value: Tensor, parameter: nn.Parameter) -> Any:
-    """`value`, which lies in the layout as `parameter` does, under a name that is the same in every layout."""
-    dim = sharded_dim(parameter)
+def tensor(key: str, value: Tensor, like: Tensor) -> Any:
+    """`value`, which lies in the layout as `like` does, under a name that is the same in every layout."""
+    dim = sharded_dim(like)
     if dim is not None:
         return make_tp_sharded_tensor_for_checkpoint(value, key, tp_axis=dim)
     return make_sharded_tensor_for_checkpoint(value, key)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from mpdit.config import Config, Model, Parallel
 from mpdit.errors import InputError
 from mpdit.mup.roles import on_residual_branch
+from mpdit.parallel import backend, fp8_rules
 from mpdit.parallel.context import Context
 
 
@@ -176,15 +177,16 @@ class Stage(MegatronModule):
     def forward(self, inputs: object, crossing: Crossing | None = None, share: float = 0.0) -> Tensor:
         """`crossing`: of the images' shape; None will do on a single stage. `share`: of this micro-batch in the step's
         loss, by which an auxiliary loss is scaled; 0: it is left out."""
-        streams = self.embed(inputs) if self.pre_process else self._unpack(crossing)
-        for index, block in self.blocks.items():
-            streams = self._run(block, streams)
-            if self.auxiliary is not None and int(index) == self.auxiliary.block and share and torch.is_grad_enabled():
-                streams = self._attach_loss(streams, inputs, self.auxiliary.weight * share)
-        return self.head(*streams) if self.post_process else self._pack(streams, crossing)
+        with backend.forward_pass(self.ctx):
+            streams = self.embed(inputs) if self.pre_process else self._unpack(crossing)
+            for index, block in self.blocks.items():
+                streams = self._run(block, streams)
+                if self.auxiliary is not None and int(index) == self.auxiliary.block:
+                    streams = self._attach_loss(streams, inputs, self.auxiliary.weight * share)
+            return self.head(*streams) if self.post_process else self._pack(streams, crossing)
 
     def _attach_loss(self, streams: tuple[Tensor, ...], inputs: object, scale: float) -> tuple[Tensor, ...]:
-        loss = self.repa(streams, inputs)
+        loss = self.repa(streams, inputs) if scale and torch.is_grad_enabled() else None
         if loss is None:
             return streams
         self.auxiliary_losses.append(loss.detach())
@@ -192,7 +194,7 @@ class Stage(MegatronModule):
 
     def _run(self, block: nn.Module, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.ctx.megatron.recompute_granularity == "full" and torch.is_grad_enabled():
-            return tensor_parallel.checkpoint(block, False, *streams)
+            return backend.recomputed(self.ctx, block, streams)
         return block(*streams)
 
     def _pack(self, streams: tuple[Tensor, ...], crossing: Crossing | None) -> Tensor:
@@ -228,7 +230,7 @@ def crossing_note(config: Config, parts: Parts) -> str:
     if not skips:
         return ""
     tokens, of_skips = sum(local_tokens(config, fullest)), sum(local_tokens(config, skips))
-    mb = tokens * config.model.width * (2 if config.parallel.precision == "bf16" else 4) / 1e6
+    mb = tokens * config.model.width * (2 if fp8_rules.stored(config.parallel.precision) == "bf16" else 4) / 1e6
     return (
         f"long skips: each stage boundary carries {tokens} tokens a sample ({mb:.3g} MB), {of_skips} of them of "
         f"{len(skips)} open skips: {tokens / (tokens - of_skips):.0f} times what a network without skips sends."

@@ -33,6 +33,22 @@ def gather(ctx: Context, x_SBD: Tensor) -> Tensor:
     return tp.gather_from_sequence_parallel_region(x_SBD, tensor_parallel_output_grad=False)
 
 
+def whole_input(ctx: Context, x_SBD: Tensor) -> Tensor:
+    """What every tensor rank multiplies by its own part of a column-parallel weight; the gradient is summed."""
+    if ctx.config.parallel.tp == 1:
+        return x_SBD
+    if ctx.megatron.sequence_parallel:
+        return tp.gather_from_sequence_parallel_region(x_SBD)
+    return tp.copy_to_tensor_model_parallel_region(x_SBD)
+
+
+def summed_output(ctx: Context, y_SBD: Tensor) -> Tensor:
+    """The sum of what each tensor rank has made with its part of a row-parallel weight; under SP this rank's tokens."""
+    if ctx.megatron.sequence_parallel:
+        return tp.reduce_scatter_to_sequence_parallel_region(y_SBD)
+    return tp.reduce_from_tensor_model_parallel_region(y_SBD)
+
+
 class _JoinContext(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_S: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -19,7 +19,7 @@ from mpdit.config import Config, to_dict
 from mpdit.data.text import Tokenizer
 from mpdit.errors import InputError
 from mpdit.models import repa
-from mpdit.parallel import groups, optimizer, sharded
+from mpdit.parallel import backend, fp8, fp8_rules, groups, optimizer, sharded
 from mpdit.train import checkpoints
 from mpdit.train.session import Network, Session
 
@@ -40,12 +40,16 @@ class Position:
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-def _tensors(session: Session) -> Iterator[tuple[str, str, Tensor, nn.Parameter]]:
-    """(kind, name, tensor, parameter), one parameter after another; collective. The tensor is good until the next."""
+def _tensors(session: Session) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """(kind, name, tensor, what lies in the layout as it does), one parameter after another; collective. The tensor is
+    good until the next."""
+    scales = backend.scales(session.network.ctx, session.network.chunks)
     for name, parameter, state in optimizer.whole_state(session.network.ctx, session.network.chunks, session.optimizer):
         for kind, value in (*state.items(), ("ema", session.ema.values[name])):
             yield kind, name, value, parameter
         yield from _averages(session, name, parameter)
+        for kind, value in scales.get(name, {}).items():
+            yield kind, name, value, value
 
 
 def _averages(session: Session, name: str, parameter: nn.Parameter) -> Iterator[tuple[str, str, Tensor, nn.Parameter]]:
@@ -64,8 +68,8 @@ def keyed_averages(session: Session) -> Iterator[tuple[str, Tensor, nn.Parameter
         yield from ((f"{kind}.{name}", value, p) for kind, _, value, p in _averages(session, name, first))
 
 
-def keyed(session: Session) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
-    """(the name in a checkpoint, tensor, parameter) of all that this rank holds; collective."""
+def keyed(session: Session) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name in a checkpoint, tensor, what lies in the layout as it does) of all that this rank holds; collective."""
     return ((f"{kind}.{name}", value, parameter) for kind, name, value, parameter in _tensors(session))
 
 
@@ -73,6 +77,7 @@ def state_text(config: Config, position: Position, ranks: int) -> str:
     """state.json: where the run stands, of what network, and who wrote it."""
     state = {"format": checkpoints.FORMAT, **dataclasses.asdict(position), **_network(config)}
     state["posthoc_ema"] = list(config.train.posthoc_ema)
+    state["fp8"] = fp8_rules.remembers(config)
     return json.dumps({**state, "written": written(config, ranks)}, indent=1) + "\n"
 
 
@@ -164,6 +169,7 @@ def load(session: Session, path: Path, step: int, skipped: int = 0) -> None:
     for name, value in session.ema.values.items():
         value.copy_(loaded[name]["ema"])
     del loaded
+    _load_scales(session.network, path)
     power = session.ema.power
     power.updates = step - skipped
     for width in power.widths:
@@ -181,6 +187,40 @@ def load_weights(network: Network, path: Path, *, ema: bool) -> None:
     for chunk in network.chunks:
         for name, parameter in chunk.named_parameters():
             parameter.data.copy_(loaded[name][kind])
+    _load_scales(network, path)
+
+
+def note_on_scales(path: Path, config: Config) -> str:
+    """What a person should know of the state of FP8 in a checkpoint that `config` goes on from; often nothing."""
+    theirs, mine = _remembered(path), fp8_rules.remembers(config)
+    if theirs == mine:
+        return ""
+    left = f"FP8's state in {path} is of {_said(theirs)} and is left out; " if theirs else ""
+    return left + (f"the scales of {_said(mine)} start at 1" if mine else "none is needed here")
+
+
+def _remembered(path: Path) -> dict[str, Any]:
+    """How the state of FP8 in a checkpoint came about; empty where there is none, as with averages alone."""
+    found: dict[str, Any] = checkpoints.state(path).get("fp8") or {}
+    kept = found and any(key.startswith(f"{fp8.STATE[0]}.") for key in sharded.Stored(path).shapes)
+    return found if kept else {}
+
+
+def _said(remembered: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in remembered.items())
+
+
+def _load_scales(network: Network, path: Path) -> None:
+    """What delayed scaling remembers, where the checkpoint has it of the same recipe; else as it is at the start."""
+    wanted = backend.scales(network.ctx, network.chunks)
+    if not wanted or _remembered(path) != fp8_rules.remembers(network.ctx.config):
+        return
+    stored = sharded.Stored(path)
+    kept = {  # a block that has come into FP8 since is not in it
+        name: {kind: stored.read(key) for kind in kinds if (key := f"{kind}.{name}") in stored.shapes}
+        for name, kinds in wanted.items()
+    }
+    backend.set_scales(network.ctx, network.chunks, kept)
 
 
 def _read(network: Network, path: Path, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:

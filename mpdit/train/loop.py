@@ -49,6 +49,8 @@ def _train(config: Config, asked: Config, sets: Sets, flops: Mapping[Size, int])
     with Signals() as caught, Recorder(config, asked, sets, run.network.table, at.step) as recorder:
         if path is not None:
             recorder.report.say(f"going on from {path} at step {at.step}")
+            if note := checkpoint.note_on_scales(path, config):
+                recorder.report.say(note)
         for note in filter(None, [run.network.note, *cached.notes(sets.autoencoder, sets.tokenizer)]):
             recorder.report.say(note)
         try:

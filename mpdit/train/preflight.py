@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from mpdit.models import repa
 from mpdit.mup import rules
 from mpdit.mup.roles import Group
 from mpdit.objective import repa as teachers
-from mpdit.parallel import context, groups, stages
+from mpdit.parallel import accel, context, fp8_rules, groups, stages, te_install
 from mpdit.parallel.context import Context
+from mpdit.parallel.stages import Grid
 from mpdit.sample import samplers
 from mpdit.train import cached, profiles
 from mpdit_kernels import switch
@@ -39,7 +41,7 @@ def check(config: Config, world: int) -> Config:
 def without_run_dir(config: Config, world: int) -> Config:
     """:func:`check` for who writes into no run folder. Raises InputError."""
     config = without_data(config, world)
-    _kernels(config)
+    machine(config)
     train, val = Mixture.open(config.data, "train"), Mixture.open(config.data, "val")
     channels = _pixel_channels(config, train)
     for split in (train, val):
@@ -50,7 +52,9 @@ def without_run_dir(config: Config, world: int) -> Config:
 
 def without_data(config: Config, world: int) -> Config:
     """:func:`check` of all that needs no data set: numbers, model, layout, the micro-batch. Raises InputError."""
-    return _micro_batch(config, layout(config, world))
+    config = _micro_batch(config, layout(config, world))
+    _rows(config)
+    return config
 
 
 def layout(config: Config, world: int) -> int:
@@ -60,10 +64,44 @@ def layout(config: Config, world: int) -> int:
     _network(config)
     data_ranks = groups.data_parallel_size(config.parallel, world)
     stages.split(config)
+    fp8_rules.check(config)
     ctx = context.build(config)
     models.crossing(ctx)
     _image_sizes(ctx)
     return data_ranks
+
+
+def machine(config: Config) -> None:
+    """Whether this rank's machine has what the kernels, compilation, backend and precision of ``parallel`` need. Raises
+    InputError.
+
+    Not part of :func:`without_data`: a launch is planned and rehearsed on other machines than it is for.
+    """
+    parallel = config.parallel
+    if parallel.kernels == "triton" and (reason := switch.lacking()):
+        raise InputError(
+            f"parallel.kernels is triton, but {reason}; set it to auto, which takes triton where it runs, or torch."
+        )
+    if parallel.compile and not accel.is_cuda() and not _has_cpp_compiler():
+        raise InputError(
+            "parallel.compile needs a C++ compiler on a CPU, and there is none; install g++, name one in CXX, or set "
+            "parallel.compile=false."
+        )
+    if parallel.backend != "te":
+        return
+    gpu = accel.gpu()
+    if gpu is None:
+        raise InputError(
+            "parallel.backend te needs an NVIDIA GPU, and torch sees none on this machine; set parallel.backend=local, "
+            "or start it where there is one (mpdit plan and rehearse take the config as it is)."
+        )
+    te_install.check_te()
+    if parallel.precision in fp8_rules.FP8:
+        fp8_rules.check_gpu(parallel.fp8_recipe, *gpu)
+
+
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
 def _run_dir(folder: Path) -> None:
@@ -89,7 +127,14 @@ _BOUNDS = {
     ),
     **dict.fromkeys(
         (
-            *("parallel.micro_batch", "data.workers", "train.save_every", "train.val_every", "train.sample_every"),
+            *(
+                "parallel.fp8_bf16_blocks",
+                "parallel.micro_batch",
+                "data.workers",
+                "train.save_every",
+                "train.val_every",
+                "train.sample_every",
+            ),
             *("train.keep_last", "train.keep_every", "train.posthoc_every", "model.vocab_size", "model.text_dim"),
             *("model.pooled_dim", "optim.warmup_steps", "optim.decay_steps"),
             *("objective.repa_weight", "objective.repa_block", "guard.spike_factor", "guard.max_rollbacks"),
@@ -178,6 +223,11 @@ def _shapes(config: Config) -> None:
         raise InputError("parallel.sp shards tokens over the tensor ranks: it needs parallel.tp of at least 2.")
     if parallel.vpp > 1 and parallel.pp == 1:
         raise InputError("parallel.vpp interleaves chunks over pipeline ranks: it needs parallel.pp of at least 2.")
+    if parallel.compile and parallel.backend == "te":
+        raise InputError(
+            "parallel.compile is for mpdit's own layers, but parallel.backend is te, whose are kernels already; set "
+            "parallel.compile=false, or parallel.backend=local."
+        )
     if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
         raise InputError(
             "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce."
@@ -282,12 +332,16 @@ def _micro_batch(config: Config, data_ranks: int) -> Config:
     return dataclasses.replace(config, parallel=dataclasses.replace(parallel, micro_batch=micro_batch))
 
 
-def _kernels(config: Config) -> None:
-    """Of this machine, so not for a plan or a launch folder, which are made for another one."""
-    if config.parallel.kernels == "triton" and (reason := switch.lacking()):
-        raise InputError(
-            f"parallel.kernels is triton, but {reason}; set it to auto, which takes triton where it runs, or torch."
-        )
+def _rows(config: Config) -> None:
+    """What FP8's products multiply in training: the tokens of every stream that a block takes, of every image shape."""
+    model = config.model
+    parts = models.parts(context.build(config))
+    blocks = [index for index in range(model.depth) if fp8_rules.quantised(config, index)]
+    for height, width in config.data.buckets or ((0, 0),):
+        bucket = f"data.buckets [{height}, {width}] in patches of model.patch {model.patch}" if height else ""
+        grid = Grid.of(model, height, width, bucket)
+        for stream in {s.name: s for block in blocks for s in parts.streams(block, grid) if s.split}.values():
+            fp8_rules.check_rows(config, stream.tokens, f"{stream.keys} = {stream.tokens} {stream.name} tokens")
 
 
 def _text(config: Config, tokenizer: Tokenizer) -> Config:

@@ -11,7 +11,7 @@ from typing import Any
 from mpdit import config as configs
 from mpdit.config import Config
 from mpdit.errors import InputError
-from mpdit.parallel import groups
+from mpdit.parallel import fp8_rules, groups
 from mpdit.train import batches, checkpoint, checkpoints, session
 from mpdit.train.checkpoint import Position
 from mpdit.train.guards import BadStep
@@ -26,8 +26,9 @@ def config_of(path: Path, bad: BadStep, overrides: list[str], world: int) -> Con
     beside = Path(os.path.normpath(path.parent / bad.config))
     tree = configs.read(beside)
     if world == 1:
-        kept = {key: tree.get("parallel", {}).get(key) for key in ("precision", "recompute", "backend", "kernels")}
-        tree["parallel"] = {key: value for key, value in kept.items() if value} | {"micro_batch": bad.micro_batch}
+        given = tree.get("parallel") or {}
+        kept = {key: given[key] for key in ("recompute", "kernels") if key in given}
+        tree["parallel"] = {**fp8_rules.arithmetic(given), **kept, "micro_batch": bad.micro_batch}
     for assignment in overrides:
         configs.override(tree, assignment)
     config = configs.from_dict(tree, str(beside))

@@ -17,6 +17,7 @@ from mpdit_tools import doctor, probes
 ROOT = Path(__file__).parents[2]
 DRIVERLESS = {"cuda": None, "driver": None, "devices": []}
 H100 = {"name": "NVIDIA H100 80GB HBM3", "memory": 80 * 2**30, "capability": [9, 0]}
+B200 = {"name": "NVIDIA B200", "memory": 180 * 2**30, "capability": [10, 0]}
 T4 = {"name": "Tesla T4", "memory": 15 * 2**30, "capability": [7, 5]}
 
 
@@ -66,7 +67,9 @@ def test_broken_te_and_foreign_apex_and_no_npm_by_name(tmp_path):
     }  # fmt: skip
     assert "cudnn shared object not found" in rows["Transformer Engine"]["found"]
     assert "half-installed" in rows["Transformer Engine"]["found"]
+    assert "without its CUDA library" in rows["Transformer Engine"]["found"]
     assert "megatron.core" in rows["Transformer Engine"]["todo"]
+    assert "take its folder off PYTHONPATH" in rows["Transformer Engine"]["todo"]
     assert "Transformer Engine" in rows["megatron-core"]["todo"]
     assert str(fakes / "apex") in rows["apex"]["found"]
     assert rows["npm"]["verdict"] == "limited"
@@ -103,12 +106,12 @@ def test_table_and_exit_code(real, monkeypatch, capsys):
         (
             {"error": "RuntimeError", "text": "Found empty transformer-engine meta package", "guarded": False},
             "wrong",
-            "stub",
+            "half-installed",
         ),
         (
             {"error": "ModuleNotFoundError", "text": "No module named 'transformer_engine_torch'", "guarded": True},
             "limited",
-            "stub",
+            "half-installed",
         ),
         ({"error": "OSError", "text": "libnccl.so.2: cannot open", "guarded": False}, "wrong", "half-installed"),
         ({"error": "Timeout", "text": "no answer within 180 s"}, "wrong", "half-installed"),
@@ -127,11 +130,14 @@ def test_cuda_machines(real, monkeypatch):
     monkeypatch.setattr(doctor.switch, "has_compiler", lambda: True)
     eight = machine(*[H100] * 8)
     assert row(eight, "device").found == "8 x NVIDIA H100 80GB HBM3, 80 GiB, sm_90"
+    assert row(eight, "FP8 hardware").found == "8 x tensorwise, delayed, blockwise (parallel.fp8_recipe)"
+    assert row(machine(B200, cuda="12.8"), "FP8 hardware").found.startswith("1 x tensorwise, delayed, mxfp8 (")
     assert row(eight, "FP8 hardware").verdict == row(eight, "triton").verdict == row(eight, "DALI").verdict == "ok"
-    assert "fp8 needs it" in row(eight | {"transformer_engine": None}, "Transformer Engine").todo
+    assert "fp8 need it" in row(eight | {"transformer_engine": None}, "Transformer Engine").todo
     closing = doctor.verdict(doctor.diagnose(eight), eight)
-    assert closing.startswith("this machine can train: 8 x NVIDIA H100 80GB HBM3 (CUDA), fp32")
-    assert "bf16" in closing
+    assert closing == "this machine can train: 8 x NVIDIA H100 80GB HBM3 (CUDA), fp32 and bf16."
+    with_te = eight | {"transformer_engine": {"version": "2.20.2"}}
+    assert doctor.verdict(doctor.diagnose(with_te), with_te).endswith("(CUDA), fp32, bf16 and fp8.")
     assert "parallel.kernels auto: triton" in row(eight, "triton").found
     assert "parallel.kernels auto: torch" in row(real | {"torch": real["torch"] | DRIVERLESS}, "triton").found
     old = machine(T4)

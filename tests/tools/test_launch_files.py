@@ -26,6 +26,7 @@ from mpdit_tools.transfer import launch
 from mpdit_tools.transfer.launch import Machines
 
 WHAT = "mmdit, width 16 -> 32, mup"
+IMAGE = "registry.example#team/mpdit:0.1.0"
 FOUR = {"NNODES": "1", "NPROC_PER_NODE": "4"}
 
 
@@ -63,12 +64,13 @@ def test_a_jobs_name_is_one_that_kubernetes_takes(folder: str) -> None:
 # ---- as text ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["launch.sh", "launch.sbatch"])
+@pytest.mark.parametrize("name", ["launch.sh", "launch.sbatch", "launch.sbatch in a container"])
 @pytest.mark.parametrize("given_machines", [Machines(nodes=1, per_node=4), Machines(nodes=32, per_node=8)])
 def test_scripts_are_as_shellcheck_wants_them(name: str, given_machines: Machines, tmp_path: Path) -> None:
     text = {
         "launch.sh": launch.torchrun(given_machines, WHAT),
         "launch.sbatch": launch.slurm(given_machines, WHAT, Path("launch")),
+        "launch.sbatch in a container": launch.slurm(given_machines, WHAT, Path("launch"), IMAGE),
     }[name]
     (tmp_path / name).write_text(text)
     done = subprocess.run(
@@ -90,6 +92,66 @@ def test_slurm_is_asked_for_every_node_a_signal_and_another_try() -> None:
     } <= set(asked)
     first_command = next(i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#"))
     assert all(not line.startswith("#SBATCH") for line in text.splitlines()[first_command:])  # Slurm would not read it
+
+
+def srun(text: str, tmp_path: Path, **variables: str) -> list[str]:
+    """What the batch script asks of srun. Scripts take its place, which writes its words down, and scontrol's."""
+    folder, bin_folder, words = tmp_path / "launch folder", tmp_path / "bin", tmp_path / "words"
+    folder.mkdir(), bin_folder.mkdir()
+    (folder / "launch.sbatch").write_text(text)
+    stand_ins = {
+        "srun": f'printf "%s\\n" "$@" > "{words}"',
+        "scontrol": f'[ "$2" = job ] && echo "   Command={folder}/launch.sbatch" || echo node1',
+    }
+    for name, body in stand_ins.items():
+        (bin_folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (bin_folder / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    path = {"PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(folder / "launch.sbatch"), "train.seed=1"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, **slurm, **path, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return words.read_text().splitlines()
+
+
+def test_slurm_starts_the_ranks_in_a_container_that_has_the_folders(tmp_path: Path) -> None:
+    """By pyxis: the image, the folders at their own paths, the submit folder as the working one."""
+    given, folder = Machines(nodes=2, per_node=8), tmp_path / "launch folder"
+    text = launch.slurm(given, WHAT, Path("launch"), IMAGE)
+    asked = srun(text, tmp_path)
+    container = [
+        f"--container-image={IMAGE}",
+        f"--container-mounts={tmp_path}:{tmp_path},{folder}:{folder}",
+        f"--container-workdir={tmp_path}",
+    ]
+    start = asked.index("torchrun")
+    assert asked[:start] == ["--kill-on-bad-exit=1", "--cpu-bind=none", *container]
+    assert asked[-2:] == [f"{folder}/config.yaml", "train.seed=1"]
+
+
+def test_slurms_container_and_its_folders_can_be_others(tmp_path: Path) -> None:
+    text = launch.slurm(Machines(nodes=2, per_node=8), WHAT, Path("launch"), IMAGE)
+    asked = srun(text, tmp_path, CONTAINER_IMAGE="/images/mpdit.sqsh", CONTAINER_MOUNTS="/data:/data:ro")
+    assert "--container-image=/images/mpdit.sqsh" in asked
+    assert next(word for word in asked if word.startswith("--container-mounts")).endswith(",/data:/data:ro")
+
+
+def test_without_an_image_slurm_starts_the_ranks_as_they_are(tmp_path: Path) -> None:
+    text = launch.slurm(Machines(nodes=2, per_node=8), WHAT, Path("launch"))
+    assert srun(text, tmp_path)[:3] == ["--kill-on-bad-exit=1", "--cpu-bind=none", "torchrun"]
+    assert "container" not in text
+
+
+@pytest.mark.parametrize("image", ['a"; rm -rf "$HOME', "two words", "$IMAGE", "a`id`", ""])
+def test_an_image_that_is_no_name_is_refused(image: str) -> None:
+    with pytest.raises(InputError, match=r"^--image is .*but should be a container image"):
+        launch.slurm(Machines(nodes=1, per_node=8), WHAT, Path("launch"), image)
 
 
 def test_several_nodes_have_to_be_told_where_to_meet(tmp_path: Path) -> None:

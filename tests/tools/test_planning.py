@@ -201,6 +201,8 @@ LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
     ("mmdit", 2, {"pp": 2, "vpp": 2, "micro_batch": 1}),
     ("mmdit", 4, {"cp": 2, "pp": 2, "micro_batch": 2}),
     ("mmdit", 4, {"pp": 4, "micro_batch": 1, "precision": "bf16"}),
+    ("mmdit", 2, {"tp": 2, "sp": True, "micro_batch": 4, "precision": "fp8_emulated"}),
+    ("pixart", 2, {"pp": 2, "micro_batch": 4, "precision": "fp8_emulated", "fp8_recipe": "mxfp8"}),
     ("dit", 4, {"tp": 2, "pp": 2, "pp_split": [1, 3], "micro_batch": 1}),
     ("dit", 2, {"distributed_optimizer": True}),
     ("pixart", 4, {"tp": 2, "sp": True, "cp": 2}),

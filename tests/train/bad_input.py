@@ -1,6 +1,7 @@
 """Settings that can't work, and what the sentence about each has to say."""
 
 UVIT = ("model.arch=uvit", "model.depth=5")
+FP8 = "parallel.precision=fp8_emulated"
 
 # what is wrong: (ranks, overrides of the tiny run, words of the sentence)
 BAD: dict[str, tuple[int, list[str], list[str]]] = {
@@ -75,6 +76,56 @@ BAD: dict[str, tuple[int, list[str], list[str]]] = {
         ["tp 2 x pp 2 x cp 2 = 8", "the 4 that were started"],
     ),
     "world with a rest": (3, ["parallel.tp=2"], ["tp 2 x pp 1 x cp 1 = 2", "the 3 that were started"]),
+    # ---- FP8
+    "fp8 of a recipe that is none": (1, [FP8, "parallel.fp8_recipe=tensor"], ["is 'tensor'", "'tensorwise'"]),
+    "fp8 in no block": (
+        1,
+        [FP8, "parallel.fp8_bf16_blocks=2"],
+        ["parallel.fp8_bf16_blocks 2 at each end", "none of model.depth 4", "set parallel.precision=bf16"],
+    ),
+    "fp8 in a negative number of blocks": (1, [FP8, "parallel.fp8_bf16_blocks=-1"], ["parallel.fp8_bf16_blocks is -1"]),
+    "fp8 of few features": (
+        4,
+        [FP8, "parallel.tp=4"],
+        ["model.width 32 over parallel.tp 4 is 8 features a rank", "multiple of 16", "parallel.fp8_recipe tensorwise"],
+    ),
+    "mxfp8 of few features": (
+        2,
+        [FP8, "parallel.tp=2", "parallel.fp8_recipe=mxfp8"],
+        ["model.width 32 over parallel.tp 2 is 16 features a rank", "multiple of 32", "parallel.fp8_recipe mxfp8"],
+    ),
+    "fp8 of few rows": (
+        1,
+        [FP8, "parallel.micro_batch=1"],
+        ["model.text_tokens = 8 text tokens x parallel.micro_batch 1 = 8 rows", "multiple of 16"],
+    ),
+    "fp8 of few rows over cp": (
+        2,
+        [FP8, "parallel.cp=2", "parallel.micro_batch=2"],
+        ["model.text_tokens = 8 text tokens over parallel.cp 2 x parallel.micro_batch 2 = 8 rows", "multiple of 16"],
+    ),
+    "mxfp8 of few rows under sp": (
+        2,
+        [
+            FP8,
+            "model.width=64",
+            "parallel.tp=2",
+            "parallel.sp=true",
+            "parallel.fp8_recipe=mxfp8",
+            "parallel.micro_batch=4",
+        ],
+        ["model.text_tokens = 8 text tokens x parallel.micro_batch 4 = 32 rows", "multiple of 64"],
+    ),
+    "fp8 of a bucket": (
+        1,
+        [FP8, "data.buckets=[[12, 12], [15, 9]]"],
+        ["data.buckets [15, 9] in patches of model.patch 3 = 15 image tokens", "= 120 rows are no multiple of 16"],
+    ),
+    "fp8 of uvit's tokens": (
+        1,
+        [*UVIT, FP8, "parallel.micro_batch=4"],
+        ["1 + model.text_tokens + (model.image_size / model.patch)^2 = 25 image, text and time tokens", "= 100 rows"],
+    ),
     # ---- what one network or objective needs
     "dit without labels": (1, ["model.arch=dit"], ["model.arch dit", "data.text is sentencepiece", "data.text=labels"]),
     "uvit of an even depth": (1, ["model.arch=uvit"], ["model.depth 4 should be odd for uvit"]),

@@ -12,7 +12,7 @@ import tiny
 from data.make_shards import edit_manifest
 from mpdit.config import Config
 from mpdit.errors import InputError
-from train.bad_input import BAD, UVIT
+from train.bad_input import BAD, FP8, UVIT
 
 
 def check(data: Path, world: int, *overrides: str) -> Config:
@@ -53,10 +53,13 @@ def test_the_unchanged_run_is_fine(tiny_set: Path) -> None:
         ["data.buckets=[[18, 12], [12, 18], [6, 24]]", "parallel.tp=2", "parallel.cp=2", "parallel.sp=true"],
         ["data.buckets=[[15, 9]]", "sample.image_size=[9, 15]", "parallel.tp=2", "parallel.pp=2"],  # 15 tokens
         [*UVIT, "data.buckets=[[12, 12]]", "sample.image_size=[12, 12]"],
+        [FP8, "parallel.tp=2", "parallel.pp=2", "parallel.sp=true", "parallel.micro_batch=2"],
+        [FP8, "parallel.fp8_bf16_blocks=0", "parallel.fp8_recipe=mxfp8", "parallel.pp=4", "parallel.micro_batch=4"],
+        ["parallel.precision=bf16", "parallel.fp8_bf16_blocks=2", "parallel.tp=4"],  # FP8's rules are FP8's alone
     ],
     ids=[
         *("pixart", "uvit over tp x cp", "uvit over pp", "half the batch"),
-        *("buckets over tp x cp", "buckets over pp", "uvit's square"),
+        *("buckets over tp x cp", "buckets over pp", "uvit's square", "fp8", "mxfp8 in all blocks", "no fp8"),
     ],
 )
 def test_what_fits_is_fine(overrides: list[str], tiny_set: Path) -> None:

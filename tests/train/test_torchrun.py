@@ -23,7 +23,7 @@ OVERRIDES = ["train.steps=5", "optim.warmup_steps=1", "train.val_images=1"]
 
 
 def command(*words: str, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(ranks)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     start = [*torchrun, "-m", "mpdit"] if ranks else [sys.executable, "-m", "mpdit"]
     return subprocess.run(
         [*start, "train", *words], capture_output=True, text=True, timeout=300, check=False, env={**os.environ}

@@ -15,12 +15,12 @@ import re
 import shutil
 import socket
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mpdit.parallel.apex import apex_remedy, find_apex
+from mpdit.parallel.te_install import find_te, install
 from mpdit.train.environment import cores, cpu_model, memory
 from mpdit_kernels import switch
 from mpdit_tools.probes import PLAIN, Facts, examine, installed
@@ -28,7 +28,6 @@ from mpdit_tools.probes import PLAIN, Facts, examine, installed
 Verdict = Literal["ok", "limited", "wrong"]
 
 _GIB = 2**30
-_TE_PARTS = ("transformer-engine", "transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,34 +115,45 @@ def _megatron(facts: Facts, te: Row) -> Row:
 
 
 def _transformer_engine(facts: Facts) -> Row:
-    name, answer = "Transformer Engine", facts["transformer_engine"]
-    parts = [part for part in _TE_PARTS if _version(part)]
-    remove = f"pip uninstall {' '.join(parts)}" if parts else "take its folder off PYTHONPATH"
-    if answer is None and not parts:
+    name, answer, te = "Transformer Engine", facts["transformer_engine"], find_te()
+    if answer is None and te.state == "absent":
         if _fp8_devices(facts):
-            return Row(name=name, found="absent", verdict="limited", todo="fp8 needs it; fp32 and bf16 do not")
+            todo = f"parallel.backend te and fp8 need it; fp32 and bf16 do not: {install()}"
+            return Row(name=name, found="absent", verdict="limited", todo=todo)
         return Row(name=name, found="absent (nothing here needs it)")
     if answer is not None and "error" not in answer:
-        return Row(name=name, found=f"{answer['version'] or _version('transformer-engine') or 'here'}, imports")
+        return Row(name=name, found=f"{answer['version'] or te.version or 'here'}, imports")
     answer = answer or {"error": "ModuleNotFoundError", "text": "its Python files are gone", "guarded": True}
-    empty = "empty transformer-engine meta package" in answer["text"] or "transformer_engine_torch" in answer["text"]
-    state = "stub: the meta package without its compiled part" if empty else "half-installed"
-    found = f"{state} ({answer['error']}: {answer['text']})"
-    if answer.get("guarded"):
-        return Row(name=name, found=found, verdict="limited", todo=f"of no use as it is: {remove}")
-    return Row(name=name, found=found, verdict="wrong", todo=f"it breaks every import of megatron.core: {remove}")
+    why = te.why or "it does not import"
+    found = f"half-installed: {why} ({answer['error']}: {answer['text']})"
+    remedy = te.remedy or f"run pip uninstall transformer-engine, or build it for this torch: {install()}"
+    # A half that megatron-core would not notice is one that mpdit refuses all the same: it could crash at any import.
+    if answer.get("guarded") and te.state != "harmful":
+        return Row(name=name, found=found, verdict="limited", todo=f"of no use as it is: {remedy}")
+    return Row(name=name, found=found, verdict="wrong", todo=f"it breaks every import of megatron.core: {remedy}")
 
 
-def _fp8_devices(facts: Facts) -> list[str]:
-    devices = (facts["torch"] or {}).get("devices", [])
-    return [device["name"] for device in devices if tuple(device["capability"]) >= (8, 9)]
+def _fp8_devices(facts: Facts) -> list[dict[str, Any]]:
+    return [device for device in (facts["torch"] or {}).get("devices", []) if _recipes(device)]
+
+
+def _recipes(device: Facts, cuda: str | None = None) -> tuple[str, ...]:
+    from mpdit.parallel import fp8_rules  # needs PyYAML, which is there where a GPU has been found
+
+    version = tuple(map(int, cuda.split(".")[:2])) if cuda else None
+    return fp8_rules.recipes(tuple(device["capability"]), version)
 
 
 def _fp8(facts: Facts) -> Row:
-    able = _fp8_devices(facts)
+    able: dict[str, int] = {}
+    for device in _fp8_devices(facts):
+        kinds = ", ".join(_recipes(device, facts["torch"]["cuda"]))
+        able[kinds] = able.get(kinds, 0) + 1
     if able:
-        return Row(name="FP8 hardware", found=f"{len(able)} x sm_89 or newer")
-    return Row(name="FP8 hardware", found="none (sm_89 has it)", verdict="limited", todo="train in bf16 or fp32")
+        said = "; ".join(f"{count} x {kinds}" for kinds, count in able.items())
+        return Row(name="FP8 hardware", found=f"{said} (parallel.fp8_recipe)")
+    todo = "train in bf16 or fp32; mpdit fp8check shows what FP8 would do"
+    return Row(name="FP8 hardware", found="none (sm_89 has it)", verdict="limited", todo=todo)
 
 
 def _apex() -> Row:
@@ -291,17 +301,11 @@ def verdict(rows: list[Row], facts: Facts) -> str:
     devices = facts["torch"]["devices"]
     te = facts["transformer_engine"]
     bf16 = all(tuple(device["capability"]) >= (8, 0) for device in devices)
-    fp8 = te is not None and "error" not in te and len(_fp8_devices(facts)) == len(devices) > 0 and _has_fp8()
+    fp8 = te is not None and "error" not in te and len(_fp8_devices(facts)) == len(devices) > 0
     names = ", ".join(sorted({device["name"] for device in devices}))
     where = f"{len(devices)} x {names} (CUDA)" if devices else "CPU"
     precision = "fp32, bf16 and fp8" if fp8 else "fp32 and bf16" if bf16 else "fp32"
     return f"this machine can train: {where}, {precision}."
-
-
-def _has_fp8() -> bool:
-    from mpdit.config import Parallel
-
-    return "fp8" in typing.get_args(typing.get_type_hints(Parallel)["precision"])
 
 
 def _print(rows: list[Row]) -> None:

@@ -12,6 +12,7 @@ from mpdit import config as configs
 from mpdit.config import Config
 from mpdit.data import text
 from mpdit.errors import InputError
+from mpdit.parallel import fp8_rules
 
 if TYPE_CHECKING:
     from mpdit.train.checkpoint import Position
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> int:
     from mpdit.train import cached, preflight
 
     preflight.layout(config, groups.world_size())
+    preflight.machine(config)
     groups.start(config.parallel, config.train.seed)
     path, at = groups.decided_by_rank_0(lambda: choose(arguments, config))
     tokenizer = text.of_run(config.data.text, arguments.run, at.tokenizer_sha256, config.data.text_model)
@@ -101,7 +103,7 @@ def sample_config(arguments: Arguments) -> Config:
             f"{arguments.run}: is no run folder, it has no config.yaml; give the run.dir of a training run."
         )
     tree = configs.to_dict(configs.load(path))
-    tree["parallel"] = {"precision": tree["parallel"]["precision"]}
+    tree["parallel"] = fp8_rules.anywhere(tree["parallel"])
     options = {"steps": arguments.steps, "guidance": arguments.guidance, "seed": arguments.seed}
     tree["sample"].update({key: value for key, value in options.items() if value is not None})
     if arguments.size is not None:
@@ -143,6 +145,9 @@ def draw_to(
 
     network = session.build_network(config)
     checkpoint.load_weights(network, checkpoint_path, ema=ema)
+    note = checkpoint.note_on_scales(checkpoint_path, config)
+    if note and groups.rank() == 0:
+        print(f"mpdit: {note}", file=sys.stderr)
     images = session.draw(network, config, prompts, tokenizer)
     if groups.rank() == 0:
         for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):

@@ -15,7 +15,7 @@ from typing import IO, Any
 from mpdit import config as configs
 from mpdit.config import Config, Parallel, to_dict
 from mpdit.errors import InputError
-from mpdit.parallel import groups, packed, sharded
+from mpdit.parallel import fp8, groups, packed, sharded
 from mpdit.parallel.packed import Chunk, Place
 from mpdit.train import checkpoint, checkpoints, preflight
 from mpdit_tools.rehearse import tiles
@@ -136,9 +136,9 @@ def _kinds(stored: sharded.Stored, names: set[str]) -> dict[str, list[str]]:
     missing = sorted(names - kinds.keys())
     if missing:
         raise InputError(f"{stored.folder}: has nothing of {missing[0]}, which the config's model has; give --config.")
-    known = checkpoint.KINDS
+    known, last = checkpoint.KINDS, fp8.STATE
     for found in kinds.values():
-        found.sort(key=lambda kind: (known.index(kind) if kind in known else len(known), kind))
+        found.sort(key=lambda kind: (known.index(kind) if kind in known else len(known), kind in last, kind))
     return kinds
 
 
@@ -157,7 +157,9 @@ def _files(
         for name in row[0].shards:
             for kind in kinds[name]:
                 whole = None
-                for index, chunk in _chunks(f"{kind}.{name}", name, row):
+                key = f"{kind}.{name}"
+                whole_shape = stored.shapes[key] if kind in fp8.STATE else None
+                for index, chunk in _chunks(key, name, row, whole_shape):
                     size = 4 * math.prod(chunk.shape)
                     if shares[index].owner(size) != replica[0]:
                         continue
@@ -169,8 +171,11 @@ def _files(
         return [place for file in files for place in file.places]
 
 
-def _chunks(key: str, name: str, row: list[Held]) -> Iterator[tuple[int, Chunk]]:
-    """(tensor rank, what it writes of a tensor)."""
+def _chunks(key: str, name: str, row: list[Held], whole_shape: tuple[int, ...] | None) -> Iterator[tuple[int, Chunk]]:
+    """(tensor rank, what it writes of a tensor); `whole_shape`: of one that lies beside the parameter, alike on all."""
+    if whole_shape is not None:
+        yield 0, Chunk(key=key, whole=whole_shape, offset=(0,) * len(whole_shape), shape=whole_shape)
+        return
     for index, one in enumerate(row):
         shard = one.shards[name]
         if shard.dim is None and index:

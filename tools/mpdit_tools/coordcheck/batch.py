@@ -1,4 +1,4 @@
-"""The one batch that every run of a check trains on: made up, or the first of a data set."""
+"""The batches that every run of a check trains on: made up, or those of a data set."""
 
 import dataclasses
 
@@ -26,31 +26,34 @@ class _Samples:
     features_SBF: Tensor | None = None
 
 
-def fixed_batch(config: Config, *, from_data: bool) -> list[Batch]:
-    """This rank's micro-batches of ``train.batch_size`` images, the same images in every layout and at every width."""
+def fixed_batch(config: Config, *, from_data: bool, step: int = 0) -> list[Batch]:
+    """This rank's micro-batches of ``train.batch_size`` images, the same images in every layout and at every width.
+
+    Another `step` has other images, noise and times.
+    """
     size, total = config.parallel.micro_batch, config.train.batch_size
     share = total // groups.data_size()
-    samples = _first_of_data(config) if from_data else _made_up(config)
+    samples = _of_data(config, step) if from_data else _made_up(config, step)
     starts = range(groups.data_rank() * share, (groups.data_rank() + 1) * share, size)
     ids, device, found = np.arange(total), accel.device(), []
     for start in starts:
         part = slice(start, start + size)
         clean_BCHW, text_BL = samples.clean_BCHW[part].to(device), samples.text_BL[part].to(device)
         pooled_BP = None if samples.pooled_BP is None else samples.pooled_BP[part].to(device)
-        batch = batches.noised_batch(config, clean_BCHW, text_BL, ids[part], np.zeros(size, np.int64), pooled_BP)
+        batch = batches.noised_batch(config, clean_BCHW, text_BL, ids[part], np.full(size, step), pooled_BP)
         features = samples.features_SBF
         found.append(batch if features is None else batches.with_features(batch, features[:, part]))
     return found
 
 
-def _made_up(config: Config) -> _Samples:
+def _made_up(config: Config, step: int) -> _Samples:
     """Bright spots whose place depends on the text, on a dark ground [B, C, H, W]; tokens [B, L] of many lengths.
 
     Like digits or icons, and unlike noise, the images have much in common: where gradients of a batch agree, what an
     update adds up to follows its limit at widths of a few dozen already.
     """
     model, total = config.model, config.train.batch_size
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1 + step)
     of_encoder = model.text_dim and model.arch != "dit"
     text_BL = torch.randint(
         1, _WORDS if of_encoder else model.vocab_size, (total, model.text_tokens), generator=generator
@@ -74,10 +77,10 @@ def _made_up(config: Config) -> _Samples:
     )
 
 
-def _first_of_data(config: Config) -> _Samples:
-    """The first batch of the plan of ``data.path``."""
+def _of_data(config: Config, step: int) -> _Samples:
+    """The batch of a step of the plan of ``data.path``."""
     sets = Sets.open(config)
-    seen, ids = views.Views(config, sets.train), sets.plan.batch(0).sample_ids
+    seen, ids = views.Views(config, sets.train), sets.plan.batch(step).sample_ids
     encoded, captions = zip(*(sets.train.read(int(i)) for i in ids), strict=True)
     side = config.model.image_size * seen.factor
     images_BCYX = decode(encoded, side, side, channels=seen.channels)

@@ -12,7 +12,7 @@ from mpdit.config import Config, Parallel
 from mpdit.errors import InputError
 from mpdit.mup.coordcheck import BOUNDS, Bounds, Key
 from mpdit.mup.roles import Tag
-from mpdit.parallel import groups
+from mpdit.parallel import fp8_rules, groups
 from mpdit.train import preflight
 from mpdit_tools.coordcheck import measure
 from mpdit_tools.coordcheck.arguments import Arguments
@@ -52,6 +52,7 @@ def plan(arguments: Arguments, config: Config, world: int) -> Plan:
     runs = []
     for layout in arguments.layouts or ("",):
         laid_out = _laid_out(config, layout)
+        preflight.machine(laid_out)
         for size in sorted(set(sizes)):
             for seed in range(arguments.seeds):
                 small = measure.at(
@@ -77,7 +78,7 @@ def _laid_out(config: Config, layout: str) -> Config:
     if not layout:
         return config
     tree = configs.to_dict(config)
-    tree["parallel"] = {"precision": config.parallel.precision}
+    tree["parallel"] = fp8_rules.arithmetic(config.parallel)
     for part in re.split(r",(?=\w+=)", layout):
         configs.override(tree, f"parallel.{part}")
     return configs.from_dict(tree, "--layouts")

@@ -72,9 +72,10 @@ def _plans(asked: Config) -> "list[Plan]":
 
     accel.enter()
     from mpdit.data.mixture import Mixture
+    from mpdit.parallel import fp8_rules
     from mpdit.train import preflight
 
-    parallel = Parallel(precision=asked.parallel.precision)
+    parallel = Parallel(precision=fp8_rules.stored(asked.parallel.precision))
     alone = dataclasses.replace(asked, parallel=parallel, data=dataclasses.replace(asked.data, cache=None))
     config = preflight.check(alone, 1)
     return [plan for split in ("train", "val") for plan in _of_split(config, Mixture.open(config.data, split))]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from mpdit.config import Config
 from mpdit.data.buckets import Size
+from mpdit.parallel import fp8_rules
 from mpdit_tools.plan import memory, timeline
 from mpdit_tools.plan.gpus import Machine
 from mpdit_tools.plan.memory import Memory
@@ -46,7 +47,7 @@ class Estimate:
     timeline: Timeline
     traffic: Traffic
     data_s: float  # of gradients' and weights' exchange, what no computing hides
-    update_s: float  # of the optimizer and the averaged weights
+    update_s: float  # of the optimizer, the averaged weights, and weights' FP8 copies
     peak_flops_s: float
     bucket_flops: dict[Size, int] = dataclasses.field(default_factory=dict)  # an image's; all else is the largest's
 
@@ -102,7 +103,8 @@ def estimate(config: Config, chunks: Sequence[Chunk], whole: Sequence[Part], gpu
         timeline=line,
         traffic=_traffic(config, mine, micro_batches, data_ranks, max(counts)),
         data_s=_exposed(config, machine, line, max(counts), data_ranks),
-        update_s=_update_s(config, machine, max(counts), data_ranks),
+        update_s=_update_s(config, machine, max(counts), data_ranks)
+        + machine.memory_seconds(2 * max(sum(chunk.copies_bytes for chunk in own) for own in mine)),
         peak_flops_s=machine.peak_flops_s,
     )
 
@@ -129,7 +131,7 @@ def _data_bytes(config: Config, parameters: int, data_ranks: int) -> int:
     sent = 1 - 1 / ranks
     if not config.parallel.distributed_optimizer:
         return round(2 * 4 * parameters * sent)
-    return round((4 + (2 if config.parallel.precision == "bf16" else 4)) * parameters * sent)
+    return round((4 + (2 if fp8_rules.stored(config.parallel.precision) == "bf16" else 4)) * parameters * sent)
 
 
 def _traffic(config: Config, mine: list[list[Chunk]], micro_batches: int, data_ranks: int, parameters: int) -> Traffic:
@@ -171,6 +173,6 @@ def _exposed(config: Config, machine: Machine, line: Timeline, parameters: int, 
 
 
 def _update_s(config: Config, machine: Machine, parameters: int, data_ranks: int) -> float:
-    precision = config.parallel.precision
+    precision = fp8_rules.stored(config.parallel.precision)
     shards = data_ranks * config.parallel.cp if config.parallel.distributed_optimizer else 1
     return machine.memory_seconds(parameters * _ADAM_BYTES[precision] / shards + parameters * _AVERAGE_BYTES[precision])

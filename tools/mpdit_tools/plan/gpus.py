@@ -9,7 +9,8 @@ import yaml
 from mpdit.config import Config
 from mpdit.errors import InputError
 from mpdit.gpus import GPU, GPUS
-from mpdit_tools.plan.record import Work
+from mpdit.parallel import fp8_rules
+from mpdit_tools.plan.record import Op, Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +51,14 @@ class Machine:
     gpu: GPU
     efficiency: Efficiency
     gpus_per_node: int
-    precision: str  # bf16 | fp32
+    precision: str  # parallel.precision
 
     @classmethod
     def of(cls, gpu: str, config: Config, gpus_per_node: int = 8, calibration: Path | None = None) -> "Machine":
-        """`gpu` is a name of GPUS. Raises InputError for a bad file of measured efficiencies."""
+        """`gpu` is a name of GPUS. Raises InputError for a bad file of measured efficiencies, and for a GPU without the
+        config's FP8."""
+        if config.parallel.precision == "fp8":
+            fp8_rules.check_gpu(config.parallel.fp8_recipe, gpu.upper(), GPUS[gpu].capability)
         return cls(
             gpu=GPUS[gpu],
             efficiency=calibrated(calibration),
@@ -65,6 +69,9 @@ class Machine:
     @property
     def peak_flops_s(self) -> float:
         return self.gpu.flops_s(self.precision)
+
+    def _flops_s(self, op: Op) -> float:
+        return self.gpu.fp8_flops_s if op.name == "_scaled_mm" else self.peak_flops_s
 
     def link_bytes_s(self, *, span: int) -> float:
         """What a GPU sends within a group whose ranks lie `span` apart at most."""
@@ -82,7 +89,7 @@ class Machine:
         for op in work.ops:
             share = e.attention if "attention" in op.name else e.gemm
             took += max(
-                op.flops / (self.peak_flops_s * share),
+                op.flops / (self._flops_s(op) * share),
                 op.bytes / (self.gpu.memory_bytes_s * e.memory),
                 e.operator_s,
             )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from mpdit.config import Config
+from mpdit.parallel import fp8_rules
 from mpdit.parallel.schedule import Task, order
 from mpdit_tools.plan.pieces import Chunk, Part
 
@@ -14,8 +15,9 @@ OTHER_BYTES = 3 * 2**30  # assumed: CUDA context, NCCL's and cuBLAS's buffers, w
 class Memory:
     """Of one pipeline rank, in bytes.
 
-    `saved` is what autograd keeps for backward passes when most micro-batches are under way, `received` the tensors
-    between stages that are kept beside it, `working` what the passes themselves need on top at the peak.
+    `weights` has FP8 copies of them in it, `saved` is what autograd keeps for backward passes when most micro-batches
+    are under way, `received` the tensors between stages that are kept beside it, `working` what the passes themselves
+    need on top at the peak.
     """
 
     weights: int
@@ -40,11 +42,11 @@ def of_rank(config: Config, chunks: Sequence[Chunk], stage: int, micro_batches: 
     parallel = config.parallel
     mine = {chunk.index: chunk for chunk in chunks if chunk.index % parallel.pp == stage}
     count = sum(chunk.parameters for chunk in mine.values())
-    half = parallel.precision == "bf16"
+    half = fp8_rules.stored(parallel.precision) == "bf16"
     shards = data_ranks * parallel.cp if parallel.distributed_optimizer else 1
     saved, received, working = _schedule(config, mine, order(parallel, stage, micro_batches))
     return Memory(
-        weights=count * (2 if half else 4),
+        weights=count * (2 if half else 4) + sum(chunk.copies_bytes for chunk in mine.values()),
         gradients=count * 4,  # Megatron's buffer, whose sums are fp32
         optimizer=count * (12 if half else 8) // shards,  # two moments, and under bf16 the fp32 weights
         ema=count * 4 + len(config.train.posthoc_ema) * count * 4 // shards,

@@ -18,7 +18,7 @@ from mpdit.data import buckets
 from mpdit.data.buckets import Size
 from mpdit.models import repa
 from mpdit.models.layers import Inputs
-from mpdit.parallel import context, imagined, stages
+from mpdit.parallel import context, fp8_rules, imagined, imagined_fp8, stages
 from mpdit.parallel.stages import Grid, Parts, Stage, Stream
 from mpdit.train import batches
 from mpdit.train.batches import Batch
@@ -48,11 +48,13 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """A piece in its place, with the learned numbers of this rank by name. `block`: its index, for a block or REPA."""
+    """A piece in its place, with the learned numbers of this rank by name. `block`: its index, for a block or REPA;
+    `copies_bytes`: of FP8 weights beside them."""
 
     piece: Piece
     parameters: dict[str, int]
     block: int | None = None
+    copies_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,26 +70,33 @@ class Chunk:
     def parameters(self) -> int:
         return sum(sum(part.parameters.values()) for part in self.parts)
 
+    @property
+    def copies_bytes(self) -> int:
+        return sum(part.copies_bytes for part in self.parts)
+
 
 def measure(config: Config, size: Size | None = None) -> list[Part]:
     """The network's parts in depth order, as a rank of `config`'s tensor and context layout has them, for images of
     `size`, by default the largest bucket's.
 
     `config` has its micro-batch and vocabulary (mpdit.train.preflight). No memory is taken, no rank started. How the
-    parts lie on pipeline stages changes nothing in them: see :func:`on_stages`.
+    parts lie on pipeline stages changes nothing in them: see :func:`on_stages`. Of Transformer Engine's FP8 linears the
+    costs are estimated (mpdit.parallel.imagined_fp8), of all else counted.
     """
     flat = dataclasses.replace(config.parallel, pp=1, vpp=1, pp_split=None, recompute="none")
-    config = dataclasses.replace(config, parallel=flat)
+    config = imagined.with_own_layers(dataclasses.replace(config, parallel=flat))
     with imagined.rank_of(config.parallel) as mode:
         ctx = context.build(config)
         network = models.parts(ctx)
         (stage,) = stages.build(ctx, network, repa.auxiliary(ctx, network))
+        imagined_fp8.take_place(config, stage)
         return list(_Runner(config, stage, _batch(config, mode, size or buckets.largest(config))).parts(network))
 
 
 def measure_whole(config: Config, size: Size | None = None) -> list[Part]:
     """:func:`measure` on a single rank with the same micro-batch: what has to be done, whatever a layout adds."""
-    alone = Parallel(micro_batch=config.parallel.micro_batch, precision=config.parallel.precision)
+    precision = fp8_rules.stored(config.parallel.precision)
+    alone = Parallel(micro_batch=config.parallel.micro_batch, precision=precision)
     return measure(dataclasses.replace(config, parallel=alone), size)
 
 
@@ -159,7 +168,8 @@ class _Runner:
         self.config, self.stage, self.batch = config, stage, batch
         self.seen: dict[Any, Piece] = {}
         self.group_names = imagined.group_names()
-        self.weights = {id(t.untyped_storage()) for t in (*stage.parameters(), *stage.buffers())}
+        lasting = (*stage.parameters(), *stage.buffers(), *imagined_fp8.copies(stage))
+        self.weights = {id(t.untyped_storage()) for t in lasting}
         for parameter in stage.parameters():  # as DDP does: a gradient goes into its buffer at once
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
@@ -183,13 +193,15 @@ class _Runner:
     ) -> Part:
         ctx, size = self.stage.ctx, self.batch.size
         shapes = tuple((t, size, ctx.config.model.width) for t in stages.local_tokens(self.config, streams))
-        kind = (name, shapes, tuple((n, tuple(p.shape)) for n, p in module.named_parameters()))
+        fp8 = fp8_rules.quantised(self.config, block)
+        kind = (name, shapes, fp8, tuple((n, tuple(p.shape)) for n, p in module.named_parameters()))
         if kind not in self.seen:
             given = [torch.zeros(shape, dtype=ctx.dtype, requires_grad=True) for shape in shapes]
             self.seen[kind] = self._run(name, run, given)
         prefix = name if block is None or name == "repa" else f"blocks.{block}"
         parameters = {f"{prefix}.{n}": p.numel() for n, p in module.named_parameters()}
-        return Part(piece=self.seen[kind], parameters=parameters, block=block)
+        copies = sum(copy.nbytes for copy in imagined_fp8.copies(module))
+        return Part(piece=self.seen[kind], parameters=parameters, block=block, copies_bytes=copies)
 
     def _run(self, name: str, run: Callable[..., Any], streams: list[Tensor]) -> Piece:
         with recorded(self.group_names) as forward, Saved() as saved:

@@ -5,6 +5,7 @@ from typing import Any
 
 from mpdit.config import Config, to_dict
 from mpdit.data import buckets
+from mpdit.parallel import fp8_rules
 from mpdit_tools.plan.estimate import Estimate
 from mpdit_tools.plan.gpus import Machine
 from mpdit_tools.plan.memory import Memory
@@ -57,7 +58,7 @@ def text(plan: Estimate, config: Config, gpu: str, machine: Machine, note: str =
     recompute = ", recompute" if parallel.recompute == "full" else ""
     lines = [
         f"model        {model.arch}, width {model.width}, depth {model.depth}: {plan.parameters:,} parameters",
-        f"layout       {layout}: {plan.gpus:,} {gpu.upper()}, {parallel.precision}{recompute}, "
+        f"layout       {layout}: {plan.gpus:,} {gpu.upper()}, {fp8_rules.said(parallel)}{recompute}, "
         f"{plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)} of {parallel.micro_batch}",
         f"parameters   {_span(plan.rank_parameters)} a GPU",
         f"work         {_si(plan.model_flops)}FLOP a step of {train.batch_size:,} images, "
@@ -78,7 +79,15 @@ def text(plan: Estimate, config: Config, gpu: str, machine: Machine, note: str =
         f"{plan.step_s * train.steps * plan.gpus / 3600:,.3g} GPU hours",
         f"assumed      {_efficiencies(machine)}",
     ]  # fmt: skip
+    if parallel.precision == "fp8":
+        lines.append(f"             {_FP8}")
     return "\n".join([*lines, *([f"note         {note}"] if note else [])])
+
+
+_FP8 = (
+    "FP8 products at FP8's rate with the same share; what they save, copy and exchange is estimated after Transformer "
+    "Engine's source"
+)
 
 
 def _buckets(plan: Estimate, config: Config) -> list[str]:

@@ -8,6 +8,7 @@ from mpdit import config as configs
 from mpdit.config import Config, Parallel
 from mpdit.data import buckets
 from mpdit.errors import InputError
+from mpdit.parallel import fp8_rules
 from mpdit_tools.plan.gpus import Machine
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def flops_per_image(config: Config) -> int:
     """Forward and backward of one square image, nothing computed twice. Raises InputError as :func:`of` does."""
     from mpdit_tools.plan import pieces
 
-    alone = dataclasses.replace(config, parallel=Parallel(precision=config.parallel.precision))
+    # FP8 changes no count, and its rules are of a layout's micro-batches.
+    alone = dataclasses.replace(config, parallel=Parallel(precision=fp8_rules.stored(config.parallel.precision)))
     resolved = resolve(alone, gpus=1)
     square = (config.model.image_size, config.model.image_size)
     return pieces.flops_per_image(resolved, pieces.measure_whole(resolved, square))

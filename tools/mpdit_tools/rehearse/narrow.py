@@ -46,6 +46,7 @@ def narrowed(config: Config, data_ranks: int) -> Config:
             parallel,
             micro_batch=1,
             precision="fp32",
+            backend="local",
             kernels="auto",
             overlap_grad_reduce=False,
             overlap_param_gather=False,

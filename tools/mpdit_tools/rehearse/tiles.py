@@ -9,7 +9,7 @@ from mpdit.config import Config, Parallel
 from mpdit.errors import CheckFailed
 from mpdit.models import repa
 from mpdit.mup.roles import Role, Tag, collect
-from mpdit.parallel import context, imagined, stages
+from mpdit.parallel import context, fp8_rules, imagined, stages
 from mpdit.parallel.stages import Stage
 
 
@@ -35,7 +35,7 @@ class Held:
 
 def held(config: Config) -> Iterator[Held]:
     """Of every distinct rank of `config`'s layout. Data-parallel ranks are copies of these."""
-    parallel = config.parallel
+    parallel, config = config.parallel, imagined.with_own_layers(config)
     for stage in range(parallel.pp):
         for tensor in range(parallel.tp):
             for place in range(parallel.cp):
@@ -62,7 +62,7 @@ def _shards(chunk: Stage) -> Iterator[tuple[str, Shard]]:
 
 def whole(config: Config) -> dict[str, Tag]:
     """Every parameter of the model as one rank alone would build it."""
-    alone = dataclasses.replace(config, parallel=Parallel(precision=config.parallel.precision))
+    alone = dataclasses.replace(config, parallel=Parallel(precision=fp8_rules.stored(config.parallel.precision)))
     (only,) = held(alone)
     return {name: shard.tag for name, shard in only.shards.items()}
 

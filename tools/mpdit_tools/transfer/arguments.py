@@ -33,8 +33,9 @@ class Arguments:
     """Of which so many are in a node."""
     scheduler: Literal["torchrun", "slurm", "kubeflow"] = "slurm"
     """torchrun: launch.sh alone; slurm: launch.sbatch too; kubeflow: launch.yaml, a PyTorchJob, as well."""
-    image: str = "mpdit"
-    """kubeflow: the container image."""
+    image: str | None = None
+    """The container image. slurm: launch.sbatch starts it by pyxis; without one, the ranks run as they are. kubeflow:
+    mpdit by default."""
     claim: str = "mpdit"
     """kubeflow: the persistent volume claim with the folder and the data."""
     trials: int | None = None

@@ -65,9 +65,16 @@ def torchrun(given: Machines, what: str) -> str:
     return _fill(_TORCHRUN, given, what)
 
 
-def slurm(given: Machines, what: str, folder: Path) -> str:
-    """launch.sbatch; the job is named after `folder`."""
-    return _fill(_SLURM, given, what, name=_job(folder.name))
+def slurm(given: Machines, what: str, folder: Path, image: str | None = None) -> str:
+    """launch.sbatch; the job is named after `folder`. `image`: a container that pyxis starts the ranks in.
+
+    Raises InputError for an image that is no name.
+    """
+    if image is not None and not re.fullmatch(r"[\w./:@#+~-]+", image):
+        raise InputError(f"--image is {image!r}, but should be a container image, such as registry#name:tag or a path.")
+    inside = _PYXIS.replace("%image", image) if image else ""
+    srun = '"${container[@]}" "${command[@]}"' if image else '"${command[@]}"'
+    return _fill(_SLURM, given, what, name=_job(folder.name), container=inside, srun=srun)
 
 
 def kubeflow(given: Machines, what: str, folder: Path, image: str, claim: str) -> str:
@@ -150,6 +157,16 @@ exec "${command[@]}"
 """
 )
 
+_PYXIS = """\
+# In a container, by pyxis (srun --help has its options where Slurm has it). The folders keep their paths in there.
+# CONTAINER_IMAGE=... sbatch takes another image, CONTAINER_MOUNTS=/data:/data,... sbatch more folders.
+container=(
+    --container-image="${CONTAINER_IMAGE:-%image}"
+    --container-mounts="$PWD:$PWD,$folder:$folder${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    --container-workdir="$PWD"
+)
+"""
+
 _SLURM = (
     """\
 #!/usr/bin/env bash
@@ -191,7 +208,7 @@ trap 'trap "" USR1; notice=1; [ -z "$srun" ] || kill -USR1 "$srun"' USR1
 """
     + _COMMAND
     + """\
-srun --kill-on-bad-exit=1 --cpu-bind=none "${command[@]}" & # in the background, so that the signal is heard at once
+%{container}srun --kill-on-bad-exit=1 --cpu-bind=none %srun & # in the background, so that the signal is heard at once
 srun=$!
 code=0
 wait "$srun" || code=$?

@@ -53,9 +53,10 @@ def files(arguments: Arguments, facts: "Facts") -> dict[str, str]:
         "launch.sh": launch.torchrun(facts.machines, what),
     }
     if arguments.scheduler != "torchrun":
-        found["launch.sbatch"] = launch.slurm(facts.machines, what, arguments.out)
+        found["launch.sbatch"] = launch.slurm(facts.machines, what, arguments.out, arguments.image)
     if arguments.scheduler == "kubeflow":
-        found["launch.yaml"] = launch.kubeflow(facts.machines, what, arguments.out, arguments.image, arguments.claim)
+        image = arguments.image or "mpdit"
+        found["launch.yaml"] = launch.kubeflow(facts.machines, what, arguments.out, image, arguments.claim)
     return found
 
 

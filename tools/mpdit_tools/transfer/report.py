@@ -9,6 +9,7 @@ from typing import Any
 from mpdit.config import Config, flat
 from mpdit.mup import rules
 from mpdit.mup.table import Table
+from mpdit.parallel import fp8_rules
 from mpdit_tools import mup_table
 from mpdit_tools.transfer import cost, explain
 from mpdit_tools.transfer.cost import Cost
@@ -203,7 +204,7 @@ def _layout(config: Config, machines: Machines) -> str:
     data = machines.ranks // (parallel.tp * parallel.pp * parallel.cp)
     return (
         f"{machines}: TP {parallel.tp} x PP {parallel.pp} x CP "
-        f"{parallel.cp} x DP {data}, {parallel.precision}. A checkpoint every {config.train.save_every:,} steps."
+        f"{parallel.cp} x DP {data}, {fp8_rules.said(parallel)}. A checkpoint every {config.train.save_every:,} steps."
     )
 
 

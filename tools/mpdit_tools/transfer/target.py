@@ -21,7 +21,10 @@ OPEN = (
 )
 _TUNED = ("optim.", "mup.")
 _OWN = ("parallel.", "run.")  # sections that the proxy does not give, but for:
-_GIVEN = ("parallel.precision", "run.experiment", "run.mlflow_uri")
+_GIVEN = (
+    *("parallel.precision", "parallel.backend", "parallel.fp8_recipe", "parallel.fp8_bf16_blocks"),
+    *("run.experiment", "run.mlflow_uri"),
+)
 _SAVES = 50  # checkpoints over a run, so that a killed job repeats a fiftieth at most
 
 
