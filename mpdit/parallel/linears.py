@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core import tensor_parallel as tp
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce_scatter_along_first_dim
 from torch import Tensor, nn
@@ -65,15 +66,21 @@ class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SBD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_SBD, weight)
-        return linear(_gather_along_first_dim(x_SBD), weight, bias)
+        return linear(_joined(x_SBD), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x_SBD, weight = ctx.saved_tensors
         dy_TN = grads[0].flatten(0, -2)
-        dw_ND = linear(dy_TN.T, _gather_along_first_dim(x_SBD).flatten(0, -2).T)
-        dx_SBD = _reduce_scatter_along_first_dim(linear(grads[0], weight.T))
+        dw_ND = linear(dy_TN.T, _joined(x_SBD).flatten(0, -2).T)
+        group = parallel_state.get_tensor_model_parallel_group()
+        dx_SBD = _reduce_scatter_along_first_dim(linear(grads[0], weight.T), group)
         return dx_SBD, dw_ND, dy_TN.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _joined(x_SBD: Tensor) -> Tensor:
+    whole_SBD: Tensor = _gather_along_first_dim(x_SBD, parallel_state.get_tensor_model_parallel_group())
+    return whole_SBD
 
 
 class ColumnLinear(_OnCPU, tp.ColumnParallelLinear):

@@ -59,12 +59,13 @@ def _train(asked: Config) -> None:
 
     accel.enter()
     from mpdit.parallel import groups
-    from mpdit.train import loop, preflight, signals, summary, watchdog
+    from mpdit.train import loop, meters, preflight, signals, summary, watchdog
 
     config = preflight.check(asked, groups.world_size())
+    flops = meters.flops_by_size(config) if int(os.environ.get("RANK", "0")) == 0 else {}
     groups.start(config.parallel, config.train.seed, watchdog.collective_timeout_s(config.guard))
     try:
-        loop.train(config, asked)
+        loop.train(config, asked, flops)
     except signals.Stop as stop:
         if groups.rank() == 0:
             print(f"mpdit: {stop.said}", flush=True)

@@ -1,18 +1,22 @@
 """What a step achieves: model FLOPs, tokens and images a second and rank, memory, and how long the pipeline is idle."""
 
+import dataclasses
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mpdit import gpus
-from mpdit.config import Config
+from mpdit.config import Config, Parallel
+from mpdit.data import buckets
 from mpdit.data.buckets import Size
-from mpdit.parallel import accel, groups
+from mpdit.parallel import accel, fp8_rules, groups
 from mpdit.parallel.stages import Grid
 from mpdit.parallel.timers import Timers
+from mpdit.train import pieces
 from mpdit.train.batches import Batch
 
 
@@ -46,6 +50,18 @@ class Meter:
         if "idle" in agreed:
             found["bubble"] = agreed["idle"] / 1e3
         return found
+
+
+def flops_by_size(config: Config) -> dict[Size, int]:
+    """An image's model FLOPs, forward and backward, nothing computed twice, for each bucket of a checked config.
+
+    From the network's own code on tensors without memory, before this process is a rank of a job; nothing if it is.
+    """
+    if dist.is_initialized():
+        return {}
+    parallel = Parallel(precision=fp8_rules.stored(config.parallel.precision), micro_batch=1)
+    alone = dataclasses.replace(config, parallel=parallel)
+    return {size: pieces.flops_per_image(alone, pieces.measure(alone, size)) for size in buckets.of_config(config)}
 
 
 def peak_flops_s(precision: str) -> float | None:

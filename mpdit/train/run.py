@@ -61,7 +61,6 @@ class Run:
         self.control.add("bad samples", lambda: len(self.bad))
         for name, read in meter.flags.items():
             self.control.add(name, read)
-        self.trace = Trace(config, recorder.dir, recorder.report.say)
         self._quarantine: Quarantine | None = None
         if recorder.first:
             self._quarantine = Quarantine(recorder.dir / FILE, len(sets.train), config.data.max_bad_fraction)
@@ -71,6 +70,7 @@ class Run:
     def from_step(self, start: int) -> None:
         """To the end. Raises CheckFailed when the run diverges; signals.Stop when, asked to stop, it has saved."""
         self.saver.newest = start or None
+        self.trace = Trace(self.config, start, self.recorder.dir, self.recorder.report.say)
         self._set_aside(start)  # a run that was stopped for its bad samples does not go on
         made = batches.TrainFeed(self.config, self.sets.train, self.sets.plan, self.sets.tokenizer, start)
         # A CPU has no time that nobody uses.

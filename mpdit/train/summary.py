@@ -2,6 +2,7 @@
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 from mpdit.config import Config
 from mpdit.redact import redact_uri
@@ -26,7 +27,7 @@ def of_run(config: Config) -> str:
     lines = {
         "loss": f"{rows[0]['loss']:.4f} -> {last:.4f} (mean of the last {min(_LAST_STEPS, len(rows))} steps)",
         "validation": f"{validated[-1]:.4f} on unseen concepts" if validated else "none",
-        "speed": f"{images_per_s:.1f} images/s",
+        "speed": _speed(rows, images_per_s),
         **skipped,
         "pictures": str(pictures[-1] if pictures else "none"),
         "MLflow store": str(store),
@@ -34,3 +35,15 @@ def of_run(config: Config) -> str:
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+
+def _speed(rows: list[dict[str, Any]], images_per_s: float) -> str:
+    said = [f"{images_per_s:.1f} images/s"]
+    last = rows[-_LAST_STEPS:]
+    if flops := [row["tflops_per_gpu"] for row in last if "tflops_per_gpu" in row]:
+        said.append(f"{statistics.median(flops):.3g} TFLOP/s a rank")
+    if mfu := [row["mfu"] for row in last if "mfu" in row]:
+        said.append(f"MFU {100 * statistics.median(mfu):.1f} %")
+    if memory := [row["memory_gb"] for row in last if "memory_gb" in row]:
+        said.append(f"{max(memory):.1f} GB on the fullest rank")
+    return ", ".join(said)

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mpdit.config import Config
 from mpdit.parallel import accel, groups
 
-WARM_UP = 5  # steps of a start that are not recorded: memory is found and kernels are chosen in them
+_WARM_UP = 5  # steps of a start that are not recorded, if there are so many: memory is found, kernels are chosen
 _ROWS = 15  # operators on the page
 _PHASE = "phase: "
 
@@ -48,9 +48,10 @@ class Trace:
     `say` is told where.
     """
 
-    def __init__(self, config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
-        self._steps, self._folder, self._say = config.train.profile_steps, run_dir / "profile", say
-        self._done = 0
+    def __init__(self, config: Config, start: int, run_dir: Path, say: Callable[[str], None]) -> None:
+        left = config.train.steps - start
+        self._steps, self._folder, self._say = min(config.train.profile_steps, left), run_dir / "profile", say
+        self._done, self._first = 0, min(_WARM_UP, left - self._steps)
         self._profile: Any = None
         if self._steps and groups.data_rank() == 0:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if accel.is_cuda() else [])]
@@ -61,12 +62,12 @@ class Trace:
         if self._profile is None:
             yield
             return
-        if self._done == WARM_UP:
+        if self._done == self._first:
             self._profile.start()
         with record_function("step"):
             yield
         self._done += 1
-        if self._done == WARM_UP + self._steps:
+        if self._done == self._first + self._steps:
             self._profile.stop()
             self._write()
             self._profile = None

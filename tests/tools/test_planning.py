@@ -40,7 +40,7 @@ def counted(rank: int, world: int) -> dict[str, tuple[int, int, int]]:
     """(parameters, FLOPs forward, FLOPs backward) of every preset by the plan."""
     import torch.distributed as dist
 
-    from mpdit_tools.plan import pieces
+    from mpdit.train import pieces
 
     dist.destroy_process_group()
     found = {}
@@ -267,8 +267,8 @@ def planned(rank: int, world: int, asked: list[tuple[int, Config]]) -> list[list
     """For each (ranks, config), by pipeline rank: the same, before there are any ranks."""
     import torch.distributed as dist
 
-    from mpdit.train import preflight
-    from mpdit_tools.plan import memory, pieces
+    from mpdit.train import pieces, preflight
+    from mpdit_tools.plan import memory
 
     dist.destroy_process_group()
     found = []

@@ -27,7 +27,7 @@ def planned(*argv: object) -> dict[str, Any]:
 def measured(rank: int, world: int, given: list[Config]) -> list[Any]:
     import torch.distributed as dist
 
-    from mpdit_tools.plan import pieces
+    from mpdit.train import pieces
 
     dist.destroy_process_group()
     return [pieces.measure(config) for config in given]

@@ -18,6 +18,7 @@ import ranks
 import tiny
 from data.make_shards import reseal
 from mpdit.data.mixture import Mixture
+from mpdit.train.metrics import read_metrics
 
 OVERRIDES = ["train.steps=5", "optim.warmup_steps=1", "train.val_images=1"]
 
@@ -41,7 +42,7 @@ def yaml_file(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.dist
 def test_torchrun_and_one_process_write_the_same_losses(yaml_file: Path, tmp_path: Path) -> None:
-    one = command(str(yaml_file), *OVERRIDES, f"run.dir={tmp_path / 'one'}")
+    one = command(str(yaml_file), "--profile", *OVERRIDES, f"run.dir={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
     four = command(
         str(yaml_file), *OVERRIDES, f"run.dir={tmp_path / 'four'}", "parallel.tp=2", "parallel.pp=2", ranks=4
@@ -52,6 +53,14 @@ def test_torchrun_and_one_process_write_the_same_losses(yaml_file: Path, tmp_pat
     assert found == pytest.approx(wanted, rel=1e-5)
     for line in ("loss", "validation", "images/s", "pictures", "MLflow store", "run folder"):
         assert line in four.stdout
+    assert {path.name for path in (tmp_path / "one/profile").iterdir()} == {"rank_0.json.gz", "rank_0.txt"}
+    of_one, of_four = (read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in ("one", "four"))
+    for row, gpus in ((of_one, 1), (of_four, 4)):
+        assert row["images_per_s_per_gpu"] == pytest.approx(row["images_per_s"] / gpus, rel=1e-3)
+        assert row["tflops_per_gpu"] > 0
+        assert row["memory_gb"] > 0.1
+    assert 0 < of_four["bubble"] < 1
+    assert "bubble" not in of_one
     assert {p.name for p in (tmp_path / "four").iterdir()} >= {
         *("config.yaml", "mup_table.json", "environment.json", "metrics.jsonl", "checkpoints", "samples"),
     }

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from mpdit.config import Config
 from mpdit.data.buckets import Size
 from mpdit.parallel import fp8_rules
+from mpdit.parallel.record import Work
+from mpdit.train.pieces import Chunk, Part
 from mpdit_tools.plan import memory, timeline
 from mpdit_tools.plan.gpus import Machine
 from mpdit_tools.plan.memory import Memory
-from mpdit_tools.plan.pieces import Chunk, Part
-from mpdit_tools.plan.record import Work
 from mpdit_tools.plan.timeline import Timeline
 
 # Bytes of a parameter's own numbers that AdamW reads and writes in a step, under fp32 and bf16: gradient, weight, two

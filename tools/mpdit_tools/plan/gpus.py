@@ -10,7 +10,7 @@ from mpdit.config import Config
 from mpdit.errors import InputError
 from mpdit.gpus import GPU, GPUS
 from mpdit.parallel import fp8_rules
-from mpdit_tools.plan.record import Op, Work
+from mpdit.parallel.record import Op, Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from mpdit.config import Config
 from mpdit.parallel import fp8_rules
 from mpdit.parallel.schedule import Task, order
-from mpdit_tools.plan.pieces import Chunk, Part
+from mpdit.train.pieces import Chunk, Part
 
 OTHER_BYTES = 3 * 2**30  # assumed: CUDA context, NCCL's and cuBLAS's buffers, what the allocator can't use
 

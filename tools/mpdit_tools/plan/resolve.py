@@ -37,7 +37,8 @@ def of(config: Config, gpus: int, machine: Machine) -> "tuple[Estimate, Config]"
 
     Raises InputError as training would, but needs neither autoencoder nor text encoder to be there.
     """
-    from mpdit_tools.plan import estimate, pieces
+    from mpdit.train import pieces
+    from mpdit_tools.plan import estimate
 
     parallel = config.parallel
     gpus = gpus or parallel.tp * parallel.cp * parallel.pp
@@ -55,7 +56,7 @@ def of(config: Config, gpus: int, machine: Machine) -> "tuple[Estimate, Config]"
 
 def flops_per_image(config: Config) -> int:
     """Forward and backward of one square image, nothing computed twice. Raises InputError as :func:`of` does."""
-    from mpdit_tools.plan import pieces
+    from mpdit.train import pieces
 
     # FP8 changes no count, and its rules are of a layout's micro-batches.
     alone = dataclasses.replace(config, parallel=Parallel(precision=fp8_rules.stored(config.parallel.precision)))

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from mpdit.config import Config, Parallel
 from mpdit.errors import InputError
 from mpdit.parallel import stages
-from mpdit_tools.plan import pieces
+from mpdit.train import pieces
+from mpdit.train.pieces import Part
 from mpdit_tools.plan.estimate import Estimate, estimate
 from mpdit_tools.plan.gpus import Machine
-from mpdit_tools.plan.pieces import Part
 from mpdit_tools.plan.resolve import resolve
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)

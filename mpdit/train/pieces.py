@@ -19,10 +19,10 @@ from mpdit.data.buckets import Size
 from mpdit.models import repa
 from mpdit.models.layers import Inputs
 from mpdit.parallel import context, fp8_rules, imagined, imagined_fp8, stages
+from mpdit.parallel.record import Saved, Work, recorded
 from mpdit.parallel.stages import Grid, Parts, Stage, Stream
 from mpdit.train import batches
 from mpdit.train.batches import Batch
-from mpdit_tools.plan.record import Saved, Work, recorded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

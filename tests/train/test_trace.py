@@ -1,0 +1,94 @@
+"""mpdit train --profile: a trace that Perfetto reads and a page that adds up, of as many steps as were asked for."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ranks
+import tiny
+from mpdit.config import Config
+from mpdit.train.trace import kind_of
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("aten::addmm", "matrix products"),
+        ("mkldnn::_linear_pointwise", "matrix products"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("aten::add", "norms and pointwise"),
+        ("aten::native_layer_norm", "norms and pointwise"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
+        ("c10d::send", "communication"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::copy_", "copies"),
+        ("aten::embedding", "other"),
+    ],
+)
+def test_kinds(operator: str, kind: str) -> None:
+    assert kind_of(operator) == kind
+
+
+def traced(rank: int, world: int, config: Config, start: int) -> list[str]:
+    """What is said by a run of `config` from `start` on."""
+    from mpdit.parallel import groups
+    from mpdit.train import batches, preflight, session
+    from mpdit.train.sets import Sets
+    from mpdit.train.trace import Trace
+
+    config = preflight.check(config, world)
+    groups.start(config.parallel, config.train.seed)
+    run, sets = session.build(config), Sets.open(config)
+    feed, said = batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, start), []
+    trace = Trace(config, start, Path(config.run.dir), said.append)
+    for _ in range(start, config.train.steps):
+        with trace.step():
+            with trace.phase("data"):
+                micro_batches = feed.next()
+            with trace.phase("passes"):
+                run.forward_backward(micro_batches)
+            with trace.phase("update"):
+                run.update()
+    feed.close()
+    groups.stop()
+    return said
+
+
+def run_traced(
+    tiny_set: Path, folder: Path, *, steps: int, profiled: int, start: int = 0, **parallel: Any
+) -> list[str]:
+    sections = {"train": {"steps": steps, "profile_steps": profiled}, "optim": {"warmup_steps": 1}}
+    config = tiny.with_run_dir(tiny.config(tiny_set, **sections, parallel=parallel), folder)
+    world = parallel.get("tp", 1) * parallel.get("dp", 1)
+    return ranks.run(world, traced, config=config, start=start)[0]
+
+
+@pytest.mark.dist
+def test_files_of_two_steps(tiny_set: Path, tmp_path: Path) -> None:
+    (said,) = run_traced(tiny_set, tmp_path, steps=9, profiled=2)
+    assert said.startswith("2 steps were profiled: ")
+    events = json.loads(gzip.decompress((tmp_path / "profile/rank_0.json.gz").read_bytes()))["traceEvents"]
+    assert sum(event.get("name") == "step" and event.get("ph") == "X" for event in events) == 2
+    assert any(event.get("name") == "mkldnn::_linear_pointwise" for event in events)
+    page = (tmp_path / "profile/rank_0.txt").read_text()
+    assert page.startswith("2 steps of ")
+    for phase in ("data", "passes", "update"):
+        assert f"\n {phase} " in page
+    kinds = page.split(" kind ")[1].split(" operator ")[0].splitlines()[1:]
+    shares = [float(line.split()[-2]) for line in kinds if line.strip().endswith("%")]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    assert any(line.split()[:2] == ["matrix", "products"] for line in kinds)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("steps", "profiled", "start", "seen"), [(3, 2, 0, 2), (3, 9, 1, 2), (3, 0, 0, 0)])
+def test_short_runs_are_profiled_as_far_as_they_go(
+    steps: int, profiled: int, start: int, seen: int, tiny_set: Path, tmp_path: Path
+) -> None:
+    said = run_traced(tiny_set, tmp_path, steps=steps, profiled=profiled, start=start)
+    assert [line.split()[0] for line in said] == [str(seen)] * bool(seen)
+    assert (tmp_path / "profile").exists() is bool(seen)
