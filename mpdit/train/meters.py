@@ -38,18 +38,22 @@ class Meter:
         images_per_s = self._config.train.batch_size / groups.world_size() / step_s
         tokens = Grid.of(self._config.model, *size).tokens + self._config.model.text_tokens
         found = {
-            "images_per_s_per_gpu": round(images_per_s, 3),
-            "tokens_per_s_per_gpu": round(images_per_s * tokens, 1),
+            "images_per_s_per_gpu": _digits(images_per_s),
+            "tokens_per_s_per_gpu": _digits(images_per_s * tokens),
             "memory_gb": agreed["memory"] / 1e3,
         }
         if size in self._flops:
             flops_s = images_per_s * self._flops[size]
-            found["tflops_per_gpu"] = round(flops_s / 1e12, 4)
+            found["tflops_per_gpu"] = _digits(flops_s / 1e12)
             if self._peak is not None:
-                found["mfu"] = round(flops_s / self._peak, 4)
+                found["mfu"] = _digits(flops_s / self._peak)
         if "idle" in agreed:
             found["bubble"] = agreed["idle"] / 1e3
         return found
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def flops_by_size(config: Config) -> dict[Size, int]:
