@@ -53,14 +53,14 @@ def wrap(ctx: Context, stages: Sequence[nn.Module]) -> list[Any]:
     data_ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     if data_ranks == 1 and ctx.dtype is torch.float32 and not parallel.distributed_optimizer:
         return [Alone(megatron, DistributedDataParallelConfig(), stage) for stage in stages]
-    overlap = parallel.overlap_grad_reduce
+    overlap, fetch = bool(parallel.overlap_grad_reduce), bool(parallel.overlap_param_gather)
     # Interleaved chunks fetch their parameters when the schedule says so, all stages at the same time; otherwise each
     # bucket does it in its own forward pass.
-    align_param_gather = parallel.overlap_param_gather and parallel.vpp > 1
+    align_param_gather = fetch and parallel.vpp > 1
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_param_gather=fetch,
         align_param_gather=align_param_gather,
         grad_reduce_in_fp32=True,
     )
@@ -129,7 +129,7 @@ def build(ctx: Context, chunks: Sequence[Any], table: Table) -> tuple[Any, Optim
             bf16=ctx.dtype is torch.bfloat16,
             params_dtype=ctx.dtype,
             use_distributed_optimizer=parallel.distributed_optimizer,
-            overlap_param_gather=parallel.overlap_param_gather,
+            overlap_param_gather=bool(parallel.overlap_param_gather),
         ),
         list(chunks),
         config_overrides=_overrides(optim, table),

@@ -50,9 +50,13 @@ def without_run_dir(config: Config, world: int) -> Config:
     return _text(config, cached.tokenizer(config, train, val))
 
 
-def without_data(config: Config, world: int) -> Config:
-    """:func:`check` of all that needs no data set: numbers, model, layout, the micro-batch. Raises InputError."""
-    config = _micro_batch(config, layout(config, world))
+def without_data(config: Config, world: int, *, on_gpus: bool | None = None) -> Config:
+    """:func:`check` of all that needs no data set: numbers, model, layout, the micro-batch. Raises InputError.
+
+    `on_gpus`: whether the ranks will have GPUs; None: if this machine has.
+    """
+    data_ranks = layout(config, world)
+    config = _overlaps(_micro_batch(config, data_ranks), data_ranks, accel.is_cuda() if on_gpus is None else on_gpus)
     _rows(config)
     return config
 
@@ -228,7 +232,8 @@ def _shapes(config: Config) -> None:
             "parallel.compile is for mpdit's own layers, but parallel.backend is te, whose are kernels already; set "
             "parallel.compile=false, or parallel.backend=local."
         )
-    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+    lacking = not parallel.distributed_optimizer or parallel.overlap_grad_reduce is False
+    if parallel.overlap_param_gather and lacking:
         raise InputError(
             "parallel.overlap_param_gather needs parallel.distributed_optimizer and parallel.overlap_grad_reduce."
         )
@@ -330,6 +335,19 @@ def _micro_batch(config: Config, data_ranks: int) -> Config:
             f"data-parallel rank in micro-batches of {micro_batch} are {share // micro_batch}."
         )
     return dataclasses.replace(config, parallel=dataclasses.replace(parallel, micro_batch=micro_batch))
+
+
+def _overlaps(config: Config, data_ranks: int, on_gpus: bool) -> Config:
+    """Where it is left open: what a device can do beside computing, it does."""
+    parallel = config.parallel
+    reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    if reduce is None:
+        reduce = bool(gather) or (on_gpus and data_ranks * parallel.cp > 1)
+    if gather is None:
+        gather = reduce and parallel.distributed_optimizer
+    return dataclasses.replace(
+        config, parallel=dataclasses.replace(parallel, overlap_grad_reduce=reduce, overlap_param_gather=gather)
+    )
 
 
 def _rows(config: Config) -> None:

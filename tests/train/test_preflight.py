@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -268,3 +269,27 @@ def test_every_rank_refuses_before_any_group_of_the_layout_exists(bad: str, tiny
 def test_good_input_starts_the_groups(tiny_set: Path) -> None:
     config = tiny.config(tiny_set, "parallel.tp=2", "parallel.pp=2")
     assert ranks.run(4, preflight_rank, timeout_s=60, config=config) == [("", True)] * 4
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "on_gpus", "wanted"),
+    [
+        ({}, 2, True, (True, False)),
+        ({}, 2, False, (False, False)),
+        ({}, 1, True, (False, False)),
+        ({"tp": 2}, 2, True, (False, False)),
+        ({"cp": 2}, 2, True, (True, False)),
+        ({"distributed_optimizer": True}, 2, True, (True, True)),
+        ({"distributed_optimizer": True, "overlap_grad_reduce": False}, 2, True, (False, False)),
+        ({"distributed_optimizer": True, "overlap_param_gather": False}, 2, True, (True, False)),
+        ({"distributed_optimizer": True, "overlap_param_gather": True}, 2, False, (True, True)),
+        ({"overlap_grad_reduce": True}, 2, False, (True, False)),
+    ],
+)
+def test_gpus_overlap_what_is_left_open(
+    parallel: dict[str, Any], world: int, on_gpus: bool, wanted: tuple[bool, bool]
+) -> None:
+    from mpdit.train import preflight
+
+    checked = preflight.without_data(tiny.config(Path("nowhere"), parallel=parallel), world, on_gpus=on_gpus).parallel
+    assert (checked.overlap_grad_reduce, checked.overlap_param_gather) == wanted

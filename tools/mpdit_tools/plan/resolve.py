@@ -70,5 +70,5 @@ def resolve(config: Config, gpus: int) -> Config:
     from mpdit.train import preflight
 
     pixels = dataclasses.replace(config.model, channels=3, text_dim=0)
-    checked = preflight.without_data(dataclasses.replace(config, model=pixels), gpus)
+    checked = preflight.without_data(dataclasses.replace(config, model=pixels), gpus, on_gpus=True)
     return dataclasses.replace(config, parallel=checked.parallel)
