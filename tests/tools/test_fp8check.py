@@ -98,7 +98,7 @@ def outcome(gap: float = 0.0, last: float = 0.004, **bounds: float) -> report.Ou
             runs.append(seen(width, seed, "fp32", [2.0, 2.0, 1.0, 1.0]))
             late = 1.0 + gap + off
             runs.append(seen(width, seed, "mxfp8", [9.0, 9.0, late, late], fc1=share, fc2=0.0))
-    return report.Outcome(bounds=Bounds(**bounds), seen=runs)
+    return report.Outcome(bounds=Bounds(**{"gap_bound": 0.01, **bounds}), seen=runs)
 
 
 def test_gaps_slopes_and_worst_tensors() -> None:

@@ -27,8 +27,8 @@ def save(outcome: Outcome, title: str, path: Path) -> Path:
         axes[0, column].set_title(recipe, fontsize=9)
     axes[0, 0].set_ylabel("(loss - loss in bf16) / loss in bf16, %", fontsize=8)
     axes[1, 0].set_ylabel("share lost", fontsize=8)
-    axes[0, -1].legend(fontsize=6, loc="upper right")
-    axes[1, -1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for axis in axes[:, -1]:
+        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,8 @@ def _gaps(axis: Any, outcome: Outcome, recipe: str) -> None:
         axis.plot(range(1, len(curve) + 1), [100 * y for y in curve], color=colour, linewidth=1, label=f"width {width}")
     bound = 100 * outcome.bounds.gap_bound
     axis.axhline(bound, color="#c62828", linewidth=0.6, linestyle="--")
-    axis.set_ylim(-1.5 * bound, 1.5 * bound)
+    # A recipe that fails is a hundred times off where another one is within a tenth of the bound.
+    axis.set_yscale("symlog", linthresh=bound / 5 or 0.01)
     axis.set_xlabel("step", fontsize=8)
     _plain(axis)
 
