@@ -24,7 +24,11 @@ BAD: dict[str, tuple[int, list[str], list[str]]] = {
     ),
     "overlap_param_gather without reduce": (
         2,
-        ["parallel.overlap_param_gather=true", "parallel.distributed_optimizer=true"],
+        [
+            "parallel.overlap_param_gather=true",
+            "parallel.distributed_optimizer=true",
+            "parallel.overlap_grad_reduce=false",
+        ],
         ["parallel.overlap_param_gather", "parallel.overlap_grad_reduce"],
     ),
     "depth over pp": (

@@ -18,7 +18,9 @@ from mpdit_tools.coordcheck import measure
 from mpdit_tools.coordcheck.arguments import Arguments
 from mpdit_tools.coordcheck.report import Outcome
 
-_AGREE = 2e-2  # relative; layouts differ by rounding alone, which a division by a small eps can enlarge
+# Relative. Layouts differ by rounding alone, of which Adam makes whole steps where a gradient is no more, as that of
+# the keys' bias is without qk_norm: a third of the elements of a bias of queries, keys and values moves at random.
+_AGREE = 5e-2
 
 Progress = Callable[[int, int, str], None]
 
