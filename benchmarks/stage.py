@@ -42,9 +42,8 @@ def variants(dry_run: bool) -> list[Variant]:
 
     if dry_run:
         return [local("bf16"), local("fp8_emulated")]
-    from mpdit.parallel.te_install import find_te
-
     from mpdit.parallel import fp8_rules
+    from mpdit.parallel.te_install import find_te
 
     found = [local("bf16")]
     if find_te().state == "whole":

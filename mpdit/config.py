@@ -104,6 +104,7 @@ class Parallel:
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool | None = None  # reduce gradients during the backward pass; None: on GPUs, where it helps
     overlap_param_gather: bool | None = None  # and fetch weights in the forward one; None: with distributed_optimizer
+    share_gpu: bool = False  # ranks may have one GPU together, by gloo: slow, to try a layout out
     recompute: Literal["none", "full"] = "none"
     compile: bool = False  # torch.compile for each block; the first step takes a minute
     micro_batch: int = 0  # images a rank runs at once; 0: its whole share of the batch (pp: a pp-th of it)

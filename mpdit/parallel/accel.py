@@ -59,8 +59,8 @@ def for_threads() -> Callable[[], None]:
     return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
-def collective_backend() -> str:
-    return "nccl" if is_cuda() else "gloo"
+def collective_backend(share_gpu: bool) -> str:
+    return "nccl" if is_cuda() and not share_gpu else "gloo"
 
 
 def enter() -> None:

@@ -11,7 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from mpdit.config import Parallel
 from mpdit.errors import CheckFailed, InputError
-from mpdit.parallel import accel
+from mpdit.parallel import accel, shared_gpu
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -39,9 +39,11 @@ def data_parallel_size(parallel: Parallel, world: int) -> int:
 
 def start(parallel: Parallel, seed: int, timeout_s: float = 600.0) -> None:
     """Join the world (unless the caller already did) and make Megatron's groups for this layout."""
+    if parallel.share_gpu:
+        shared_gpu.use()
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
-        backend = accel.collective_backend()
+        backend = accel.collective_backend(parallel.share_gpu)
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:  # not under torchrun: a world of one, without a port

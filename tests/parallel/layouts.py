@@ -57,7 +57,7 @@ MMDIT: dict[str, Layout] = {
     "PP2":                                  (2, {"pp": 2}),
     "PP2 uneven 1+3":                       (2, {"pp": 2, "pp_split": [1, 3]}),
     "PP4":                                  (4, {"pp": 4}),
-    "TP2 x PP2":                            (4, {"tp": 2, "pp": 2}),
+    "TP2 x PP2, as if on one GPU":          (4, {"tp": 2, "pp": 2, "share_gpu": True}),
     "TP2 x PP2 + SP":                       (4, {"tp": 2, "pp": 2, "sp": True}),
     "TP2 x PP2 + SP, recompute":            (4, {"tp": 2, "pp": 2, "sp": True, "recompute": "full"}),
     "PP2 x VPP2":                           (2, {"pp": 2, "vpp": 2}),
