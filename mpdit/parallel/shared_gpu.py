@@ -1,7 +1,7 @@
 """Several ranks on one GPU, to try a layout where GPUs are few (`parallel.share_gpu`).
 
 NCCL refuses a device that has a rank already; gloo takes it, and copies what it reduces and gathers through the host.
-What it sends and receives it would read from the device's addresses as if they were the host's, so copies are made here.
+What it sends and receives it would read at the device's addresses as if they were the host's: copies are made here.
 """
 
 from typing import Any
@@ -42,5 +42,6 @@ def irecv(tensor: Tensor, *arguments: Any, **keywords: Any) -> Any:
 
 def use() -> None:
     """From now on, for megatron-core, which finds these functions in torch.distributed at each call."""
-    for module in (dist, distributed_c10d):  # the second checks that the first's are its own
+    modules: tuple[Any, ...] = (dist, distributed_c10d)  # the second checks that the first's are its own
+    for module in modules:
         module.isend, module.irecv = isend, irecv
