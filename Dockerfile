@@ -8,6 +8,7 @@
 # examples/container/README.md has Slurm and Kubernetes.
 ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE}
+ARG BASE
 
 # The megatron-core that was released against this base. EXTRAS: of pyproject.toml; dev is what `make test` needs.
 ARG MEGATRON=0.19.2
@@ -17,7 +18,7 @@ LABEL org.opencontainers.image.title="mpdit" \
       org.opencontainers.image.description="Model-parallel pretraining of text-to-image diffusion transformers under muP" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.base.name="nvcr.io/nvidia/pytorch:26.06-py3"
+      org.opencontainers.image.base.name="${BASE}"
 
 # The base's own pip constraints are for its own packages; what must not change is held by versions.py.
 ENV PIP_CONSTRAINT="" \
@@ -26,6 +27,7 @@ ENV PIP_CONSTRAINT="" \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore \
     PYTHONUNBUFFERED=1 \
+    TRITON_HOME=/tmp \
     CUDA_DEVICE_MAX_CONNECTIONS=1
 
 # Not 1000, which the base gives to another. Slurm's containers and volumes may run it as any user.

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mpdit.config import Config
+from mpdit import gpus
 
 TINY = ["model.width=64", "model.head_dim=32", "model.image_size=8", "model.text_dim=16", "model.text_tokens=16"]
 
@@ -34,40 +34,36 @@ class Variant:
 
 
 def variants(dry_run: bool) -> list[Variant]:
-    """What this machine can run. Without a GPU: bf16, and FP8 emulated."""
-    import torch
+    """What this machine can run. In a dry run: bf16, and FP8 emulated."""
 
     def local(precision: str) -> Variant:
         return Variant(name=f"{precision}, local", overrides=(f"parallel.precision={precision}",))
 
     if dry_run:
         return [local("bf16"), local("fp8_emulated")]
-    from mpdit.parallel import fp8_rules
+    from mpdit.parallel import accel, fp8_rules
     from mpdit.parallel.te_install import find_te
 
-    found = [local("bf16")]
-    if find_te().state == "whole":
+    found, gpu = [local("bf16")], accel.gpu()
+    if find_te().state == "whole" and gpu is not None:
         found.append(Variant(name="bf16, te", overrides=("parallel.precision=bf16", "parallel.backend=te")))
-        capability = torch.cuda.get_device_capability()
         found += [
             Variant(
                 name=f"fp8 {recipe}, te",
                 overrides=("parallel.precision=fp8", "parallel.backend=te", f"parallel.fp8_recipe={recipe}"),
             )
-            for recipe in fp8_rules.recipes(capability)
+            for recipe in fp8_rules.recipes(*gpu[1:])
         ]
     return found
 
 
-def config_of(variant: Variant, arguments: argparse.Namespace) -> Config:
-    from mpdit_tools.plan import resolve
-
+def overrides_of(variant: Variant, arguments: argparse.Namespace) -> list[str]:
+    """Of preset mmdit-18b."""
     images = arguments.micro_batch * arguments.micro_batches
     given = [f"model.depth={arguments.depth}", f"train.batch_size={images}", "mup.base_width=512", "optim.lr=1e-3"]
     given += [f"parallel.micro_batch={arguments.micro_batch}", "parallel.fp8_bf16_blocks=0", "train.steps=10000"]
     given += ["model.image_size=64", *(TINY if arguments.dry_run else [])]  # latents of 512 x 512 pixels
-    config = resolve.load("mmdit-18b", (*given, *variant.overrides, *arguments.overrides))
-    return resolve.resolve(config, gpus=1)
+    return [*given, *variant.overrides, *arguments.overrides]
 
 
 # ---- in a process of its own -----------------------------------------------------------------------------------------
@@ -83,9 +79,9 @@ def run(variant: Variant, arguments: argparse.Namespace) -> dict[str, Any]:
     from mpdit.parallel import groups
     from mpdit.train import session
     from mpdit_tools.coordcheck.batch import fixed_batch
+    from mpdit_tools.plan import resolve
 
-    config = config_of(variant, arguments)
-    planned = None if arguments.dry_run else plan(config)
+    config = resolve.resolve(resolve.load("mmdit-18b", tuple(overrides_of(variant, arguments))), gpus=1)
     groups.start(config.parallel, config.train.seed)
     built = session.build(config)
 
@@ -106,24 +102,34 @@ def run(variant: Variant, arguments: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - began)
     memory = torch.cuda.max_memory_allocated() if accel.is_cuda() else None
     groups.stop()
-    return {"seconds": seconds, "losses": losses, "memory_bytes": memory, "planned": planned}
-
-
-def plan(config: Config) -> dict[str, Any]:
-    """What `mpdit plan` says of the memory and the work of this very process."""
-    from mpdit_tools.plan import resolve
-    from mpdit_tools.plan.gpus import Machine
-
-    found, _ = resolve.of(config, 1, Machine.of("h100", config))
-    return {"memory_bytes": found.memory[0].peak, "flops": found.model_flops}
+    return {"seconds": seconds, "losses": losses, "memory_bytes": memory}
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
+def gpu_here() -> gpus.GPU | None:
+    import torch
+
+    return gpus.named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def plan(variant: Variant, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`mpdit plan` of this very process, for the kind of GPU that there is."""
+    here = gpu_here()
+    kind = next((kind for kind, gpu in gpus.GPUS.items() if gpu is here), "h100")
+    command = ["-m", "mpdit", "plan", "mmdit-18b", "--gpus", "1", "--gpu", kind, "--json"]
+    done = subprocess.run(
+        [sys.executable, *command, *overrides_of(variant, arguments)], stdout=subprocess.PIPE, check=False
+    )
+    found: dict[str, Any] = json.loads(done.stdout)  # the exit code says whether it fits
+    return found
+
+
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     chosen = variants(arguments.dry_run)
-    flops = plan(config_of(chosen[0], arguments))["flops"]
+    plans = {variant.name: plan(variant, arguments) for variant in chosen}
+    flops = plans[chosen[0].name]["model_flops_per_step"]
     seen: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in chosen}
     for turn in range(arguments.turns):
         for number, variant in enumerate(chosen):
@@ -132,7 +138,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, runs in seen.items():
         step_s = statistics.median(s for run in runs for s in run["seconds"]) if arguments.steps else None
-        rows.append({"variant": name, "flops": flops, "step_s": step_s, **_memory(runs), **_loss(runs[0]["losses"])})
+        memory = _memory(runs[0]["memory_bytes"], plans[name]["memory_bytes"][0])
+        rows.append({"variant": name, "flops": flops, "step_s": step_s, **memory, **_loss(runs[0]["losses"])})
     _compare(rows)
     return rows
 
@@ -145,11 +152,10 @@ def _started(number: int, argv: list[str]) -> dict[str, Any]:
     return found
 
 
-def _memory(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    used, planned = runs[0]["memory_bytes"], runs[0]["planned"]
-    if used is None:
-        return {}
-    return {"memory_bytes": used, "planned_bytes": planned["memory_bytes"], "of_plan": used / planned["memory_bytes"]}
+def _memory(used: int | None, planned: dict[str, int]) -> dict[str, Any]:
+    """Against the plan but for what torch's allocator does not see: CUDA's context, NCCL's and cuBLAS's buffers."""
+    wanted = planned["peak"] - planned["other"]
+    return {"planned_bytes": wanted} | ({"memory_bytes": used, "of_plan": used / wanted} if used else {})
 
 
 def _loss(losses: list[float]) -> dict[str, Any]:
@@ -159,9 +165,8 @@ def _loss(losses: list[float]) -> dict[str, Any]:
 
 def _compare(rows: list[dict[str, Any]]) -> None:
     """Speed against the fastest bf16, losses against the same backend's."""
-    from mpdit.train.meters import peak_flops_s
-
-    peak = peak_flops_s("bf16")
+    here = gpu_here()
+    peak = here.flops_s("bf16") if here else None
     halves = [row for row in rows if row["variant"].startswith("bf16")]
     for row in rows:
         if row["step_s"]:
@@ -211,18 +216,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.dry_run:
-        arguments.depth, arguments.warm_up = 2, 1
+        arguments.depth, arguments.warm_up, arguments.turns = 2, 1, 1
         arguments.steps, arguments.loss_steps = min(arguments.steps, 2), min(arguments.loss_steps, 5)
         arguments.micro_batch, arguments.micro_batches = 4, 2
     return arguments
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     import torch
 
     if not torch.cuda.is_available() and not arguments.dry_run:
-        raise SystemExit("benchmarks/stage.py measures a GPU and there is none; --dry-run shows that it runs.")
+        print("there is no CUDA device, so there is nothing to measure; --dry-run shows that this program runs.")
+        return 2
     if arguments.one is not None:
         found: Any = run(variants(arguments.dry_run)[arguments.one], arguments)
     else:
@@ -230,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
         print(table(found))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

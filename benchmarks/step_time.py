@@ -181,6 +181,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if torch.cuda.is_available():
+        raise SystemExit("this is a comparison of CPU steps; hide the GPUs from it: CUDA_VISIBLE_DEVICES= python ...")
     if "mpdit" in args.contenders and args.optimizer != "fused":
         args.contenders.remove("mpdit")
         print("mpdit left out: its AdamW is the fused one")

@@ -89,11 +89,20 @@ def enter() -> None:
             importlib.import_module(f"megatron.core.{name}")
     if is_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        # fp32 is fp32: torch lets convolutions round to TF32, NVIDIA's containers matrix products too.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     elif not _entered:
         _patch_factories()
         _patch_cuda_module()
         _patch_random()
     _entered = True
+
+
+def enter_to_imagine() -> None:
+    """:func:`enter`, for a process that has ranks without memory (mpdit.parallel.imagined), or forks those it has: they
+    are on the CPU, whatever GPUs there are. Call it before anything else asks for CUDA."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    enter()
 
 
 def _meet_te() -> None:
@@ -114,6 +123,11 @@ def _meet_te() -> None:
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); build it for this torch: {install()}, or "
             "run pip uninstall on its parts."
         ) from error
+
+
+def gpus() -> int:
+    """How many this machine has; ranks here are numbered over them."""
+    return torch.cuda.device_count() if is_cuda() else 0
 
 
 def gpu() -> tuple[str, tuple[int, int], tuple[int, int]] | None:

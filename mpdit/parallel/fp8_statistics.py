@@ -4,13 +4,11 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from mpdit.parallel import fp8, groups
+from mpdit.parallel import fp8
 from mpdit.parallel.fp8 import Name
 from mpdit_kernels.fp8 import Quantized, largest
 
@@ -97,15 +95,3 @@ def counted(stages: Sequence[nn.Module]) -> Iterator[dict[Key, Tally]]:
             product.watch = None
     fields = [field.name for field in dataclasses.fields(Tally)]
     found |= {key: Tally(**dict(zip(fields, values.tolist(), strict=True))) for key, values in sums.items()}
-
-
-def over_ranks(found: dict[Key, Tally]) -> dict[Key, Tally]:
-    """What all ranks have counted, by name, on every one; collective. What several hold alike counts as often in each
-    part of a share."""
-    gathered: list[Any] = [None] * groups.world_size()
-    dist.all_gather_object(gathered, found)
-    whole: dict[Key, Tally] = {}
-    for part in gathered:
-        for key, one in part.items():
-            whole[key] = whole.get(key, Tally()) + one
-    return dict(sorted(whole.items()))

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _red
 from torch import Tensor, nn
 
 from mpdit.mup.roles import Group, declare, matrix, table, vector
-from mpdit.parallel import accel, fp8, tokens
+from mpdit.parallel import fp8, tokens
 from mpdit.parallel.context import Context
 from mpdit_kernels.heads import head_norm
 from mpdit_kernels.linear import linear
@@ -48,7 +48,7 @@ class _OnCPU:
     those of a rank alone are."""
 
     def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
-        if accel.is_cuda():
+        if kwargs["input"].is_cuda:
             y_SBD: Tensor = super()._forward_impl(*args, **kwargs)  # type: ignore[misc]
             return y_SBD
         x_SBD, weight, bias = kwargs["input"], kwargs["weight"], kwargs["bias"]
@@ -232,12 +232,15 @@ class LayerNorm(nn.LayerNorm):
         for parameter in self.parameters():
             parameter.sequence_parallel = tokens_sharded and ctx.megatron.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x_SBD: Tensor) -> Tensor:
-        return layer_norm(x_SBD, self.weight, self.bias, self.eps)
+    def forward(self, x_SBD: Tensor, branch_SBD: Tensor | None = None, multiplier: float = 1.0) -> Any:
+        if branch_SBD is None:
+            return layer_norm(x_SBD, self.weight, self.bias, self.eps)
+        return residual_layer_norm(x_SBD, branch_SBD, self.weight, self.bias, multiplier, self.eps)
 
     def of_sum(self, x_SBD: Tensor, branch_SBD: Tensor, multiplier: float) -> tuple[Tensor, Tensor]:
         """x + multiplier * branch, and its norm."""
-        return residual_layer_norm(x_SBD, branch_SBD, self.weight, self.bias, multiplier, self.eps)
+        both: tuple[Tensor, Tensor] = self(x_SBD, branch_SBD, multiplier)  # with its hooks: Megatron's fetch weights
+        return both
 
 
 class HeadNorm(nn.Module):

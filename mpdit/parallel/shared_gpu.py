@@ -22,7 +22,7 @@ class _Receiving:
 
     def wait(self, *arguments: Any) -> bool:
         self._work.wait(*arguments)
-        self._tensor.copy_(self._arrived)
+        self._tensor.detach().copy_(self._arrived)
         return True
 
     def is_completed(self) -> bool:

@@ -62,7 +62,8 @@ def find_te() -> Found:
 
 def install() -> str:
     """What installs it whole."""
-    return f"pip install --no-build-isolation 'transformer-engine[pytorch,core_cu13]=={VERSION}'"
+    cuda = (_cuda_of_torch() or "").partition(".")[0] or "13"
+    return f"pip install --no-build-isolation 'transformer-engine[pytorch,core_cu{cuda}]=={VERSION}'"
 
 
 def refuse_half_te() -> None:

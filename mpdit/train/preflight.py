@@ -82,6 +82,12 @@ def machine(config: Config) -> None:
     Not part of :func:`without_data`: a launch is planned and rehearsed on other machines than it is for.
     """
     parallel = config.parallel
+    gpus, here = accel.gpus(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < here and not parallel.share_gpu:
+        raise InputError(
+            f"{here} ranks were started on a machine with {gpus} GPU{'s' * (gpus > 1)}, and NCCL takes one rank a GPU; "
+            "start as many as there are GPUs, or set parallel.share_gpu=true to try the layout out."
+        )
     if parallel.kernels == "triton" and (reason := switch.lacking()):
         raise InputError(
             f"parallel.kernels is triton, but {reason}; set it to auto, which takes triton where it runs, or torch."
@@ -138,6 +144,7 @@ _BOUNDS = {
                 "train.save_every",
                 "train.val_every",
                 "train.sample_every",
+                "train.profile_steps",
             ),
             *("train.keep_last", "train.keep_every", "train.posthoc_every", "model.vocab_size", "model.text_dim"),
             *("model.pooled_dim", "optim.warmup_steps", "optim.decay_steps"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mpdit.config import Config
@@ -95,15 +96,18 @@ def _page(profiled: Any, steps: int) -> list[Any]:
     phases: list[tuple[str, ...]] = []
     whole_s = 0.0
     for event in profiled.key_averages():
+        # With a GPU each operator, step and phase comes twice, as on the host and as on the device, beside its kernels.
+        kernel = event.device_type != DeviceType.CPU
+        if kernel and (event.is_user_annotation or event.key == "step" or event.key.startswith(_PHASE)):
+            continue
         if event.key == "step":
-            whole_s = (event.device_time_total if on_device else event.cpu_time_total) / 1e6 / steps
-            whole_s = whole_s or event.cpu_time_total / 1e6 / steps
+            whole_s = event.cpu_time_total / 1e6 / steps
             continue
         if event.key.startswith(_PHASE):
             phases.append((event.key.removeprefix(_PHASE), f"{event.cpu_time_total / 1e6 / steps:.4f}"))
             continue
         took_s = (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6 / steps
-        if took_s > 0 and not event.key.startswith("ProfilerStep"):
+        if kernel == on_device and took_s > 0 and not event.key.startswith("ProfilerStep"):
             operators.append((event.key, took_s, round(event.count / steps)))
     operators.sort(key=lambda operator: -operator[1])
     return [

@@ -25,7 +25,17 @@ from mpdit.parallel import groups
 from mpdit.train.launcher import tell_launcher
 from mpdit.train.signals import Signals
 
-PHASES = ("start", "data", "forward and backward", "update", "validation", "pictures", "save")  # in a step's order
+PHASES = (  # in a step's order
+    "start",
+    "data",
+    "forward and backward",
+    "average",
+    "gradient norm",
+    "update",
+    "validation",
+    "pictures",
+    "save",
+)
 _FIRST = 3  # x the timeout: the first step compiles kernels and opens data
 _BEAT_S = 2.0
 _SILENT = 3  # beats that a rank misses before it counts as gone
@@ -115,6 +125,7 @@ class Watchdog:
 
     def at(self, step: int, phase: str) -> None:
         """The main thread begins with `phase`, one of :data:`PHASES`, of `step`."""
+        assert phase in PHASES, phase
         self._now = (step, phase, time.monotonic())
 
     def _watch(self) -> None:

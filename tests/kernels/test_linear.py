@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpdit_kernels import linear as linears
 from mpdit_kernels.linear import linear
 
-BOUND = 2e-6  # relative to the largest number; a float32 has 6e-8
+BOUND = 2e-6  # relative to the largest number, or to the terms, about 1, where they cancel; a float32 has 6e-8
 
 
 def tensors(
@@ -29,7 +29,7 @@ def passes(function, given: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted.double()).abs().max() / wanted.abs().max().clamp(min=1e-30))
+    return float((found.double() - wanted.double()).abs().max() / wanted.abs().max().clamp(min=1))
 
 
 @given(

@@ -361,12 +361,12 @@ def counts(rank: int, world: int) -> Any:
         y.backward(torch.tensor([[2.0**-18, 3.0]]).expand(4, 2))
     layer.product(x, w, None)  # is not counted
     assert layer.product.watch is None
-    return fp8_statistics.over_ranks(found)
+    return found
 
 
 def test_statistics_count_what_is_lost() -> None:
     found = ranks.run(1, counts)[0]
-    assert list(found) == [("linear", "dy"), ("linear", "w"), ("linear", "x")]
+    assert sorted(found) == [("linear", "dy"), ("linear", "w"), ("linear", "x")]
     x, w, dy = (found["linear", name] for name in ("x", "w", "dy"))
     assert (x.nonzero, x.underflow, x.saturation, x.amax) == (12, 1 / 3, 1 / 3, 1000)
     assert x.error == pytest.approx(552 / (1e6 + 1) ** 0.5, rel=1e-5)

@@ -14,7 +14,7 @@ def exchanged(rank: int, world: int, batched: bool) -> list[list[float]]:
 
     shared_gpu.use()
     mine = torch.arange(6.0).view(2, 3)[:, rank].contiguous() + 10 * rank
-    first, second = torch.zeros(2), torch.zeros(2)
+    first, second = torch.zeros(2, requires_grad=True), torch.zeros(2)  # Megatron asks for gradients beforehand
     other = 1 - rank
     if batched:
         sends = [dist.P2POp(dist.isend, mine, other), dist.P2POp(dist.irecv, first, other)]

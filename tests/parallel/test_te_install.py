@@ -73,7 +73,8 @@ def test_half_of_it_is_told_with_what_to_do(half: str, tmp_path: Path, monkeypat
     assert te.state == "harmful"
     assert [word for word in words if word not in te.why] == [], te.why
     assert f"pip uninstall {' '.join(sorted(parts, key=te_install._DISTRIBUTIONS.index))}" in te.remedy
-    assert f"'transformer-engine[pytorch,core_cu13]=={te_install.VERSION}'" in te.remedy
+    core = "core_cu12" if half == "another CUDA" else "core_cu13"  # torch's, not what is there
+    assert f"'transformer-engine[pytorch,{core}]=={te_install.VERSION}'" in te.remedy
     with pytest.raises(InputError, match=r"^Transformer Engine: .*and Megatron-core fails on that: run pip uninstall"):
         te_install.refuse_half_te()
     with pytest.raises(

@@ -66,7 +66,7 @@ def test_ranks_that_take_turns_are_idle_half_of_the_time(tiny_set: Path) -> None
     first, second = ranks.run(2, idle_ranks, config=tiny.config(tiny_set, parallel={"pp": 2, "micro_batch": 8}))
     assert 0 < first < 1
     assert 0 < second < 1
-    assert first + second >= 0.9
+    assert first + second >= 0.8  # less of what each does outside its passes
 
 
 @pytest.mark.dist

@@ -172,7 +172,7 @@ def test_tables_figure_and_json(tmp_path: Path) -> None:
 
 
 def test_json_alone_is_printed() -> None:
-    argv = [DIT, "--widths", "32", "--steps", "2", "--seeds", "1", "--batch-size", "8", "--recipes", "mxfp8", "--json"]
+    argv = [DIT, "--widths", "32", "--steps", "4", "--seeds", "1", "--batch-size", "8", "--recipes", "mxfp8", "--json"]
     code, printed, error = commands.run("fp8check", *argv)
     assert (code, error) == (0, "")
     assert json.loads(printed)["recipes"] == ["mxfp8"]
@@ -192,7 +192,7 @@ def test_help_is_quick() -> None:
     ("changed", "overrides", "said"),
     [
         ({"widths": (32, 40)}, (), "--widths: 40 does not fit: model.width 40 does not divide by head_dim 16"),
-        ({"steps": 1}, (), "--steps 1 should be at least 2"),
+        ({"steps": 1}, (), "--steps 1 should be at least 4"),
         ({"batch_size": 0}, (), "--batch-size 0 should be at least 1"),
         ({"recipes": ()}, (), "--recipes: give at least one"),
         ({}, ("parallel.fp8_bf16_blocks=2",), "leaves none of model.depth 4 blocks in FP8"),
@@ -219,3 +219,10 @@ def test_the_example_is_planned_as_its_readme_says() -> None:
     text = (folder / "README.md").read_text()
     for row in written["gaps"]:
         assert f"{row['mean']:+.3%}" in text, row
+
+
+def test_an_out_that_cannot_be_is_said_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, printed, error = commands.run("fp8check", DIT, "--widths", "32", "--out", str(tmp_path / "file"))
+    assert (code, printed) == (2, "")
+    assert f"--out {tmp_path / 'file'}: File exists; give a folder" in error

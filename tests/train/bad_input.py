@@ -57,6 +57,7 @@ BAD: dict[str, tuple[int, list[str], list[str]]] = {
         ["parallel.pp=2", "parallel.pp_split=[0, 4]"],
         ["parallel.pp_split [0, 4]", "each at least 1"],
     ),
+    "steps to profile": (1, ["train.profile_steps=-1"], ["train.profile_steps is -1", "at least 0"]),
     "pp_split of nothing": (1, ["parallel.pp_split=[]"], ["parallel.pp_split []", "1 numbers"]),
     "text tokens under sp": (
         2,

@@ -115,7 +115,9 @@ def test_nothing_else_is_changed_and_a_second_look_changes_nothing(tiny_set: Pat
     open_again = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=0),
-        parallel=dataclasses.replace(config.parallel, micro_batch=0),
+        parallel=dataclasses.replace(
+            config.parallel, micro_batch=0, overlap_grad_reduce=None, overlap_param_gather=None
+        ),
     )
     assert open_again == given
 
@@ -293,3 +295,25 @@ def test_gpus_overlap_what_is_left_open(
 
     checked = preflight.without_data(tiny.config(Path("nowhere"), parallel=parallel), world, on_gpus=on_gpus).parallel
     assert (checked.overlap_grad_reduce, checked.overlap_param_gather) == wanted
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpdit.train import preflight
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(preflight.accel, "gpus", lambda: 1)
+    with pytest.raises(InputError, match=r"4 ranks were started on a machine with 1 GPU, .*parallel.share_gpu=true"):
+        preflight.machine(tiny.config(Path("nowhere")))
+    preflight.machine(tiny.config(Path("nowhere"), "parallel.share_gpu=true"))
+    monkeypatch.setattr(preflight.accel, "gpus", lambda: 4)
+    preflight.machine(tiny.config(Path("nowhere")))
+
+
+def test_a_missing_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpdit.train import preflight
+
+    config = tiny.config(Path("nowhere"), "parallel.compile=true")
+    preflight.machine(config)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(InputError, match=r"parallel.compile needs a C\+\+ compiler.*install g\+\+.*compile=false"):
+        preflight.machine(config)

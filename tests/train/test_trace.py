@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import ranks
 import tiny
 from mpdit.config import Config
+from mpdit.train import trace
 from mpdit.train.trace import kind_of
 
 
@@ -92,3 +94,43 @@ def test_short_runs_are_profiled_as_far_as_they_go(
     said = run_traced(tiny_set, tmp_path, steps=steps, profiled=profiled, start=start)
     assert [line.split()[0] for line in said] == [str(seen)] * bool(seen)
     assert (tmp_path / "profile").exists() is bool(seen)
+
+
+def test_a_gpus_kernels_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch gives an operator, a step and a phase twice, as on the host and as on the device."""
+    from torch.autograd import DeviceType
+
+    def event(key: str, on: DeviceType, *, host_us: float = 0, device_us: float = 0, annotation: bool = False) -> Any:
+        return SimpleNamespace(
+            key=key,
+            device_type=on,
+            is_user_annotation=annotation,
+            count=4,
+            cpu_time_total=host_us,
+            self_cpu_time_total=host_us,
+            self_device_time_total=device_us,
+        )
+
+    profiled = SimpleNamespace(
+        key_averages=lambda: [
+            event("step", DeviceType.CPU, host_us=4e6, annotation=True),
+            event("aten::mm", DeviceType.CPU, host_us=1e3, device_us=2e6),
+            event("nvjet_gemm", DeviceType.CUDA, device_us=2e6),
+            event("phase: data", DeviceType.CPU, host_us=1e6, annotation=True),
+            event("phase: data", DeviceType.CUDA, device_us=3e6, annotation=True),
+            event("nccl:all_reduce", DeviceType.CUDA, device_us=1e6, annotation=True),
+            event("ncclDevKernel_AllReduce", DeviceType.CUDA, device_us=1e6),
+            event("step", DeviceType.CUDA, device_us=9e6, annotation=True),
+        ]
+    )
+    monkeypatch.setattr(trace.accel, "is_cuda", lambda: True)
+    monkeypatch.setattr(trace.torch.cuda, "get_device_name", lambda: "a GPU")
+    head, phases, kinds, operators = trace._page(profiled, 2)
+    assert head.startswith("2 steps of 2.000 s on a GPU")
+    rows = {
+        name: [list(column.cells) for column in table.columns]
+        for name, table in (("phases", phases), ("kinds", kinds), ("operators", operators))
+    }
+    assert rows["phases"] == [["data"], ["0.5000"]]
+    assert rows["kinds"][:2] == [["matrix products", "communication"], ["1.0000", "0.5000"]]
+    assert rows["operators"][:3] == [["nvjet_gemm", "ncclDevKernel_AllReduce"], ["2", "2"], ["1.0000", "0.5000"]]

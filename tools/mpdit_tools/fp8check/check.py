@@ -43,7 +43,7 @@ class Seen:
 def plan(arguments: Arguments, config: Config) -> list[Run]:
     """All runs, the narrowest first. Raises InputError for counts that make no sense, and a width that does not fit."""
     widths = arguments.widths or tuple(config.mup.base_width * k for k in (1, 2, 4))
-    for name, least in (("steps", 2), ("seeds", 1), ("looks", 1), ("batch_size", 1)):
+    for name, least in (("steps", 4), ("seeds", 1), ("looks", 1), ("batch_size", 1)):
         if getattr(arguments, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)} should be at least {least}.")
     if not arguments.recipes:

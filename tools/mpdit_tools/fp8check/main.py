@@ -30,6 +30,11 @@ def main(argv: list[str]) -> int:
 
     if groups.world_size() > 1:
         raise InputError("mpdit fp8check runs in one process; start it without torchrun.")
+    if arguments.out:
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {arguments.out}: {error.strerror}; give a folder that can be made.") from error
     began = time.monotonic()
     runs = check.plan(arguments, config)
     bounds = Bounds(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Bounds)})

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     machine = Machine.of(arguments.gpu, config, arguments.gpus_per_node, arguments.calibration)
     from mpdit.parallel import accel
 
-    accel.enter()
+    accel.enter_to_imagine()
     from mpdit_tools.plan import report, search
 
     if arguments.search:

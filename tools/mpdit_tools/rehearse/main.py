@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     gpus, gpu = _asked(arguments, config)
     from mpdit.parallel import accel
 
-    accel.enter()
+    accel.enter_to_imagine()
     import torch
 
     torch.set_num_threads(1)  # ranks are forked from here: a pool of threads would not survive that

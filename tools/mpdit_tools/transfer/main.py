@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
 
     from mpdit.parallel import accel
 
-    accel.enter()
+    accel.enter_to_imagine()
     from mpdit_tools.transfer.gather import as_json, gather
 
     facts = gather(arguments)
