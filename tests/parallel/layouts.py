@@ -110,7 +110,9 @@ CASES: dict[str, Case] = {
     "pixart": Case(
         plain=plain_pixart,
         sections={**DDPM, "model": _PIXART_MODEL},
-        layouts=table([3, 1], [1, 1, 1, 1], others=_EVEN),
+        layouts=table(
+            [3, 1], [1, 1, 1, 1], others={**_EVEN, "TP2 + SP, compiled": (2, {"tp": 2, "sp": True, "compile": True})}
+        ),
         bf16=("TP2 x PP2 + SP",),
     ),
     # Blocks 0 and 1 leave skips for blocks 4 and 3.
