@@ -152,7 +152,7 @@ def _benchmark(part: Part, name: str, more: list[str]) -> Any:
 
 
 def _trained(part: Part, name: str, overrides: list[str], ranks: int = 1) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl of the demo's target with the demo's own best learning rate."""
+    """The lines of metrics.jsonl of the demo's target with the learning rate that its sweep.yaml starts from."""
     folder = part.out.resolve() / f"run_{name}"
     given = [f"data.path={_data(part)}", f"run.dir={folder}", "parallel.tp=1", "parallel.pp=1", "mup.base_width=64"]
     given += ["optim.lr=8e-3", "optim.clip=1.0", "optim.warmup_steps=10"]

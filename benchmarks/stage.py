@@ -2,7 +2,8 @@
 
     python benchmarks/stage.py                        # two blocks of MMDiT-18B, for a GPU with 80 GB
     python benchmarks/stage.py --depth 4 --micro-batch 2 --json stage.json                      # 141 GB
-    python benchmarks/stage.py --steps 0 --loss-steps 0 ...                                     # either half alone
+    python benchmarks/stage.py --steps 0              # the loss gap alone
+    python benchmarks/stage.py --loss-steps 0         # speed and memory alone
     python benchmarks/stage.py --dry-run              # everything, tiny, on any machine
 
 Variants are the project's own layers in bf16, Transformer Engine's in bf16, and each FP8 recipe that the GPU has; each

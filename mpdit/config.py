@@ -48,12 +48,12 @@ class Model:
 class LrMult:
     """Multipliers of the base learning rate by parameter group, tuned on the proxy and transferred as they are."""
 
-    input: float = 1.0
-    table: float = 1.0
-    hidden: float = 1.0
-    modulation: float = 1.0
-    output: float = 1.0
-    vector: float = 1.0
+    input: float = 1.0  # patch and text embedders, the timestep MLP's first linear
+    table: float = 1.0  # embedding tables, PixArt's scale_shift tables
+    hidden: float = 1.0  # width x width: attention, MLP
+    modulation: float = 1.0  # adaLN linears
+    output: float = 1.0  # the readout, the first layer of REPA's projector
+    vector: float = 1.0  # biases, norms' gains
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,16 +62,16 @@ class Mup:
 
     parametrization: Literal["sp", "mup", "completep"] = "mup"  # completep: mup that follows the depth too
     base_width: int = 128  # the proxy's width: there the model is the same under sp and mup
-    base_depth: int | None = None  # completep: the proxy's depth; None: the model's own
-    base_head_dim: int | None = None  # None: the model's own head_dim
-    base_batch_size: int | None = None  # the proxy's; None: the run's own. With base_images: Complete(d)P's rule
-    base_images: int | None = None  # images that the proxy was trained on (steps x batch); None: the run's own
-    wd_rule: Literal["independent", "const", "sqrt"] = "independent"
-    eps_rule: Literal["scaled", "constant"] = "scaled"
+    base_depth: int | None = None  # completep: the proxy's depth; null: the model's own
+    base_head_dim: int | None = None  # null: the model's own head_dim
+    base_batch_size: int | None = None  # the proxy's; null: the run's own. With base_images: Complete(d)P's rule
+    base_images: int | None = None  # images that the proxy was trained on (steps x batch); null: the run's own
+    wd_rule: Literal["independent", "const", "sqrt"] = "independent"  # hidden weights' decay times m, 1, sqrt(m)
+    eps_rule: Literal["scaled", "constant"] = "scaled"  # Adam's eps / m, or as it is; m: width / base_width
     wd_vector: bool = False  # the paper decays biases and gains too
-    output_mult: float = 1.0
-    adaln_init: Literal["zero", "hidden"] = "zero"
-    readout_init: Literal["zero", "base"] = "zero"
+    output_mult: float = 1.0  # times the readout's output, beside muP's 1 / m
+    adaln_init: Literal["zero", "hidden"] = "zero"  # hidden: as any hidden weight
+    readout_init: Literal["zero", "base"] = "zero"  # base: the proxy's std
     lr_mult: LrMult = LrMult()
 
 
@@ -99,19 +99,19 @@ class Parallel:
     sp: bool = False  # sequence parallelism (shards activations over the tensor-parallel ranks)
     pp: int = 1
     vpp: int = 1  # model chunks a pipeline rank holds (interleaved schedule)
-    pp_split: tuple[int, ...] | None = None  # blocks of each stage, pp * vpp numbers; None: equal
+    pp_split: tuple[int, ...] | None = None  # blocks of each stage, pp * vpp numbers; null: equal
     cp: int = 1  # context parallelism (Ulysses: heads <-> tokens)
     distributed_optimizer: bool = False
-    overlap_grad_reduce: bool | None = None  # reduce gradients during the backward pass; None: on GPUs, where it helps
-    overlap_param_gather: bool | None = None  # and fetch weights in the forward one; None: with distributed_optimizer
+    overlap_grad_reduce: bool | None = None  # reduce gradients during the backward pass; null: on GPUs, where it helps
+    overlap_param_gather: bool | None = None  # and fetch weights in the forward one; null: with distributed_optimizer
     share_gpu: bool = False  # ranks may have one GPU together, by gloo: slow, to try a layout out
     recompute: Literal["none", "full"] = "none"
     compile: bool = False  # torch.compile for each block; the first step takes a minute
     micro_batch: int = 0  # images a rank runs at once; 0: its whole share of the batch (pp: a pp-th of it)
     backend: Literal["local", "te"] = "local"  # te: Transformer Engine's linears, norms and attention, on CUDA
     kernels: Literal["auto", "torch", "triton"] = "auto"  # norms, gates, residuals; auto: triton where a GPU can
-    # The three below act in blocks alone; around them all is as in bf16.
-    precision: Literal["fp32", "bf16", "fp8", "fp8_emulated"] = "fp32"  # fp8: of backend te; fp8_emulated: its rounding
+    # fp8, fp8_emulated and the two keys after them act on the blocks' hidden linears; all else is as in bf16 then.
+    precision: Literal["fp32", "bf16", "fp8", "fp8_emulated"] = "fp32"  # fp8: backend te; fp8_emulated: its rounding
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"  # which numbers share a scale
     fp8_bf16_blocks: int = 1  # blocks at each end that stay in bf16
 
@@ -125,7 +125,7 @@ class Data:
     weights: tuple[float, ...] = ()  # each set's share of the batches, path's first; empty: as many as it has samples
     text: Literal["sentencepiece", "labels", "minilm", "t5", "clip"] = "sentencepiece"  # labels: names of classes
     text_model: str | None = None  # t5, clip: the local folder of a transformers model and its tokenizer
-    latents: str | None = None  # the local folder of a diffusers AutoencoderKL; None: pixels
+    latents: str | None = None  # the local folder of a diffusers AutoencoderKL; null: pixels
     cache: str | None = None  # a folder that `mpdit data cache` filled: latents, text states, teacher's features
     caption_drop: float = 0.1  # share of captions replaced by the empty one, for guidance
     mirror: bool = False  # flip half of the images left to right
@@ -162,8 +162,8 @@ class Train:
     sample_every: int = 0  # steps between sample grids; 0: at the end only
     ema_decay: float = 0.999
     posthoc_ema: tuple[float, ...] = ()  # sigma_rel of averages for `mpdit ema`, as [0.05, 0.1]; 4 bytes a weight each
-    profile_steps: int = 0  # steps that torch's profiler records (`--profile`: 3); RUN/profile has traces and summaries
     posthoc_every: int = 0  # steps between their snapshots in RUN/ema, all kept; 0: with every checkpoint
+    profile_steps: int = 0  # steps that torch's profiler records (`--profile`: 3); RUN/profile has traces and summaries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +193,7 @@ class Sample:
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     dir: str = "runs/default"
-    mlflow_uri: str | None = None  # None: sqlite store mlflow.db beside the run folder
+    mlflow_uri: str | None = None  # null: sqlite store mlflow.db beside the run folder
     experiment: str = "mpdit"
     mlflow_parent: str | None = None  # id of the MLflow run that this one is shown under, such as a sweep's
 

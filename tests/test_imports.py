@@ -1,4 +1,4 @@
-"""Imports between the rooms point one way, and only the parallel room knows Megatron (contracts: pyproject.toml)."""
+"""Imports between the packages point one way, and only mpdit.parallel knows Megatron (contracts: pyproject.toml)."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a parameter is. Declared where its layer is built (law 1), never guessed from a name or a local shape."""
+"""What a parameter is. Declared where its layer is built, never guessed from a name or a local shape."""
 
 import dataclasses
 import math

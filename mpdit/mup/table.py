@@ -1,4 +1,4 @@
-"""The one table: name -> (tag, rule) of every parameter. Init, optimizer, readout and run folder read it (law 2)."""
+"""The one table: name -> (tag, rule) of every parameter. Init, optimizer, readout and run folder read it."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

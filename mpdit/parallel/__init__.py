@@ -1,1 +1,1 @@
-"""The only room that imports megatron.core and Transformer Engine: devices, layers, layouts, optimizer, checkpoints."""
+"""The only package that imports megatron.core and Transformer Engine: devices, layers, layouts, optimizer."""

@@ -1,4 +1,4 @@
-"""Which device this process trains on: the one module that knows (law 4).
+"""Which device this process trains on: the one module that knows.
 
 Where CUDA works, :func:`enter` selects the local device and patches nothing. On a machine without CUDA it makes
 megatron-core's unconditional CUDA calls mean "the CPU"; megatron-core stays unedited. ``torch.cuda.is_available`` keeps

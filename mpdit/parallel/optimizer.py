@@ -108,7 +108,7 @@ def settled(ctx: Context, chunks: Sequence[Any]) -> Iterator[None]:
 def build(ctx: Context, chunks: Sequence[Any], table: Table) -> tuple[Any, OptimizerParamScheduler]:
     """Megatron's optimizer and schedule for wrapped stages.
 
-    Raises InputError for a parameter that is not in the table (law 1).
+    Raises InputError for a parameter that is not in the table.
     """
     optim, parallel = ctx.config.optim, ctx.config.parallel
     for chunk in chunks:

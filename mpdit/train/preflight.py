@@ -1,4 +1,4 @@
-"""Everything that can be said about a config before any rank starts: in one place, one sentence each (law 9)."""
+"""Everything that can be said about a config before any rank starts: in one place, one sentence each."""
 
 import dataclasses
 import math

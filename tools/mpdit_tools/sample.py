@@ -31,7 +31,7 @@ class Arguments:
     checkpoint: Path | None = None
     """A folder RUN/checkpoints/step_N; the newest complete one by default."""
     steps: int | None = None
-    """Euler steps; the run's sample.steps by default."""
+    """Steps of sample.sampler; the run's sample.steps by default."""
     guidance: float | None = None
     """Classifier-free guidance scale, 1 is off; the run's sample.guidance by default."""
     seed: int | None = None
