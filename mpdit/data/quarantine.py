@@ -1,5 +1,6 @@
 """The samples that turned out to be damaged, written down in the run folder, and when there are too many of them."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -34,6 +35,8 @@ class Quarantine:
         """
         self._path, self._samples, self._limit = path, samples, max_fraction
         self._known = {bad.sample: bad for bad in _read(path)}
+        self._unwritten = ""
+        self.trouble: str | None = None  # a sentence, while the storage does not take what is to be written down
 
     @property
     def count(self) -> int:
@@ -41,20 +44,31 @@ class Quarantine:
         return len(self._known)
 
     def add(self, found: Iterable[Bad], step: int) -> None:
-        """Write down those that are new, safely on disk. Raises CheckFailed with a list when it is too many."""
+        """Write down those that are new, safely on disk; where the storage does not take them, with the next ones.
+        Raises CheckFailed with a list when it is too many."""
         new = {bad.sample: bad for bad in found if bad.sample not in self._known}
-        if new:
-            self._known |= new
-            lines = "".join(json.dumps(dataclasses.asdict(bad) | {"step": step}) + "\n" for bad in new.values())
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
+        self._known |= new
+        self._unwritten += "".join(json.dumps(dataclasses.asdict(bad) | {"step": step}) + "\n" for bad in new.values())
+        if self._unwritten:
+            self._write()
         if self.count > self._limit * self._samples:
             raise CheckFailed(
                 f"step {step}: {self.count} of {self._samples} samples are damaged, more than data.max_bad_fraction "
                 f"{self._limit:g} allows; repair the data set or raise it. {self._path} has them all: {self._some()}."
             )
+
+    def _write(self) -> None:
+        written = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+                file.flush()
+                os.fsync(file.fileno())
+            self._unwritten, self.trouble = "", None
+        except OSError as error:
+            self.trouble = f"{self._path} could not be written ({error.strerror}); it is tried again with the next one"
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, written)
 
     def _some(self) -> str:
         shown = [f"{bad.where} ({bad.reason})" for bad in [*self._known.values()][:_SHOWN]]

@@ -108,21 +108,27 @@ def _network(config: Config) -> dict[str, Any]:
 def newest(run_dir: Path, warn: Callable[[str], None], before: float = math.inf) -> Path | None:
     """:func:`checkpoints.newest` of a step below `before`, by all ranks together: each reads a share of the files.
 
-    `warn` is called on rank 0. Raises InputError on every rank if there are checkpoints, but none is good.
+    `warn` is called on rank 0. Raises InputError on every rank if there are checkpoints, but none is good, or if the
+    storage of the newest fails.
     """
 
     def check(path: Path) -> None:
+        mine: InputError | None = None
         try:
             checkpoints.verify(path, (groups.rank(), groups.world_size()))
-            mine = None
         except InputError as error:
-            mine = str(error)
-        found = groups.decided_together(mine, lambda every: next(filter(None, every), None))
+            mine = error
+        found = groups.decided_together(mine, _worst)
         if found:
-            raise InputError(found)
+            raise found
 
     listed = groups.decided_by_rank_0(lambda: [path for step, path in checkpoints.steps(run_dir) if step < before])
     return checkpoints.newest(run_dir, warn if groups.rank() == 0 else lambda _: None, check, listed)
+
+
+def _worst(every: list[InputError | None]) -> InputError | None:
+    found = [error for error in every if error is not None]
+    return next((error for error in found if isinstance(error, checkpoints.Unreadable)), found[0] if found else None)
 
 
 def position(path: Path, config: Config) -> Position:

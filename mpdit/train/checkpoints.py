@@ -93,7 +93,7 @@ def problems(path: Path, share: tuple[int, int] = (0, 1), *, read: bool = True) 
         try:
             size = file.stat().st_size if file.is_file() else None
         except OSError as error:
-            found.append(f"{file}: can't be read ({error.strerror}).")
+            found.append(_unread(file, error.strerror))
             continue
         if size is None:
             found.append(f"{file}: is missing, so the checkpoint is incomplete; use another one.")
@@ -106,8 +106,10 @@ def problems(path: Path, share: tuple[int, int] = (0, 1), *, read: bool = True) 
             whole.append(name)
     if read:
         for file, sha256 in _sha256s(path / name for name in whole).items():
-            if sha256 != expected[str(file.relative_to(path))]["sha256"]:
-                found.append(f"{file}: is damaged ({_not(sha256)}); use another checkpoint.")
+            if sha256.startswith("!"):
+                found.append(_unread(file, sha256[1:]))
+            elif sha256 != expected[str(file.relative_to(path))]["sha256"]:
+                found.append(f"{file}: is damaged (its SHA-256 is not the manifest's); use another checkpoint.")
     return found
 
 
@@ -115,8 +117,19 @@ def _size(expected: Mapping[str, Any]) -> int:
     return expected["bytes"] if isinstance(expected["bytes"], int) else 0
 
 
-def _not(sha256: str) -> str:
-    return "its SHA-256 is not the manifest's" if not sha256.startswith("!") else f"it can't be read: {sha256[1:]}"
+_UNREAD = "can't be read"
+
+
+def _unread(file: Path, why: object) -> str:
+    return (
+        f"{file}: {_UNREAD} ({why}); mend the storage and start again, or remove the checkpoint to go on from the one "
+        "before."
+    )
+
+
+class Unreadable(InputError):
+    """Of a checkpoint that may be whole: its storage does not answer. It is not passed over, as a later save would then
+    remove it for good."""
 
 
 def _sha256s(files: Iterable[Path]) -> dict[Path, str]:
@@ -135,8 +148,12 @@ def _sha256s(files: Iterable[Path]) -> dict[Path, str]:
 
 
 def verify(path: Path, share: tuple[int, int] = (0, 1)) -> None:
-    """Compare every file, or a share of them, with the manifest. Raises InputError for a partial or damaged one."""
+    """Compare every file, or a share of them, with the manifest. Raises InputError for a partial or damaged one,
+    Unreadable where the storage fails."""
     found = problems(path, share)
+    for sentence in found:
+        if _UNREAD in sentence:
+            raise Unreadable(sentence)
     if found:
         raise InputError(found[0])
 
@@ -149,13 +166,16 @@ def newest(
 ) -> Path | None:
     """The newest checkpoint that is complete and undamaged; None if the run has none at all.
 
-    Damaged ones are named to `warn` and passed over. Raises InputError if there are checkpoints, but none is good.
+    Damaged ones are named to `warn` and passed over. Raises InputError if there are checkpoints, but none is good, and
+    Unreadable at the first that can't be looked at.
     """
     broken = None
     for path in [path for _, path in steps(run_dir)] if candidates is None else candidates:
         try:
             check(path)
             return path
+        except Unreadable:
+            raise
         except InputError as error:
             broken = error
             warn(f"{error} The one before it is used.")
@@ -165,10 +185,14 @@ def newest(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises InputError for a file that is no JSON object."""
+    """Raises InputError for a file that is no JSON object, Unreadable where the storage fails."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: is missing; use another checkpoint.") from error
+    except OSError as error:
+        raise Unreadable(_unread(path, error.strerror)) from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: can't be read ({error}); use another checkpoint.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds no JSON object; use another checkpoint.")

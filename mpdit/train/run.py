@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,8 +50,8 @@ class Run:
     ) -> None:
         self.config, self.sets, self.run, self.recorder, self.meter = config, sets, run, recorder, meter
         self.judge, self.skipped, self.watch = judge, skipped, watch
-        self.saver = Saver(recorder.dir, recorder.report.say)
-        self.snapshots = Snapshots(recorder.dir, recorder.report.say)
+        self.saver = Saver(recorder.dir, recorder.report.say, watch.alive)
+        self.snapshots = Snapshots(recorder.dir, recorder.report.say, watch.alive)
         self.bad: list[Bad] = []  # samples that this rank has found and not told yet
         self.control = Control()
         self.control.add("verdict", lambda: judge.verdict)
@@ -59,6 +59,9 @@ class Run:
         self.control.add("saving", lambda: not self.saver.done)
         self.control.add("taking a snapshot", lambda: not self.snapshots.done)
         self.control.add("bad samples", lambda: len(self.bad))
+        self._samples = 0  # of this step, of all data ranks; 0 on a stage that reads none
+        self.control.add("samples", lambda: self._samples or -1)
+        self.control.add("other samples", lambda: -self._samples or -(2**62))
         for name, read in meter.flags.items():
             self.control.add(name, read)
         self._quarantine: Quarantine | None = None
@@ -125,6 +128,7 @@ class Run:
         with self._phase(step, "data"):
             micro_batches = feed.next()
         self.bad += feed.take_bad()
+        self._samples = groups.sum_over_data(sum(m.sample_key for m in micro_batches))
         data_s = time.monotonic() - began
         with self._phase(step, "forward and backward"):
             loss = self.run.forward_backward(micro_batches)
@@ -136,6 +140,7 @@ class Run:
             norm = self.run.gradient_norm()
         self.judge.weigh(loss, float(norm))
         agreed = self.control.agree()
+        self._same_samples(step, agreed)
         verdict = Verdict(agreed["verdict"])
         if verdict:
             self.run.skip()
@@ -154,7 +159,7 @@ class Run:
             "grad_norm": _finite(float(norm)),
             "images": (step + 1) * batch,
             # What was really read, not what was planned: equal numbers, equal (sample id, visit) pairs.
-            "samples": f"{groups.sum_over_data(sum(m.sample_key for m in micro_batches)) % 2**48:012x}",
+            "samples": f"{self._samples % 2**48:012x}",
             "epoch": round(self.sets.plan.epoch(step + 1), 4),
             "step_s": round(step_s, 6),
             "data_s": round(data_s, 6),
@@ -176,14 +181,28 @@ class Run:
         self.watch.at(step, name)
         return self.trace.phase(name)
 
+    def _same_samples(self, step: int, agreed: Mapping[str, int]) -> None:
+        """Raises CheckFailed, on all ranks, if the ranks of one copy of the model have not read the same: a node's copy
+        of the data is damaged, and its ranks alone have taken another sample's place."""
+        if agreed["samples"] == -agreed["other samples"]:
+            return
+        self._set_aside(step)
+        raise CheckFailed(
+            f"step {step}: the ranks of one copy of the model have read different samples, so the data set is not the "
+            f"same on all nodes; {self.recorder.dir / FILE} names what is damaged on one of them. Copy the set again."
+        )
+
     def _set_aside(self, step: int) -> int:
         """Write down the bad samples of all ranks; how many the run has met. Raises CheckFailed when too many."""
-        found = [bad for part in groups.gather_objects_over_data(self.bad) for bad in part]
+        # Ranks of one copy of the model have found the same ones.
+        found = list({bad.sample: bad for part in groups.gather_objects(self.bad) for bad in part}.values())
         self.bad = []
 
         def write() -> int:
             assert self._quarantine
             self._quarantine.add(found, step)
+            if trouble := self._quarantine.trouble:
+                self.recorder.report.say(f"step {step}: {trouble}")
             return self._quarantine.count
 
         count: int = groups.decided_by_rank_0(write)
@@ -218,23 +237,24 @@ class Run:
     def _write_down(self, row: dict[str, Any], verdict: Verdict, loss: float, norm: float) -> None:
         step, plan = row["step"], self.sets.plan
         batch = plan.batch(step)
-        path = guards.write(
-            self.recorder.dir,
-            guards.BadStep(
-                step=step,
-                reason=row["skipped"],
-                verdict=verdict,
-                loss=loss,
-                grad_norm=norm,
-                limits=self.judge.limits,
-                sample_ids=batch.sample_ids.tolist(),
-                visits=batch.visits.tolist(),
-                seed=self.config.train.seed,
-                plan_hash=plan.hash,
-                micro_batch=self.config.parallel.micro_batch,
-            ),
+        bad = guards.BadStep(
+            step=step,
+            reason=row["skipped"],
+            verdict=verdict,
+            loss=loss,
+            grad_norm=norm,
+            limits=self.judge.limits,
+            sample_ids=batch.sample_ids.tolist(),
+            visits=batch.visits.tolist(),
+            seed=self.config.train.seed,
+            plan_hash=plan.hash,
+            micro_batch=self.config.parallel.micro_batch,
         )
-        self.recorder.report.say(f"step {step} is skipped: {row['skipped']}; `mpdit replay {path}` runs it again")
+        try:
+            again = f"`mpdit replay {guards.write(self.recorder.dir, bad)}` runs it again"
+        except OSError as error:
+            again = f"what it takes to run it again could not be written ({error.strerror})"
+        self.recorder.report.say(f"step {step} is skipped: {row['skipped']}; {again}")
 
     def _roll_back(self, row: dict[str, Any]) -> None:
         """Load the last checkpoint from before the trouble; step and data go on."""
@@ -247,6 +267,7 @@ class Run:
                 f"the run has diverged, guard.then is rollback, and there is no checkpoint from before step {before}; "
                 "lower optim.lr or train.save_every."
             )
+        self.watch.alive()  # every file was read
         at: Position = groups.decided_by_rank_0(lambda: checkpoint.position(path, self.config))
         self.skipped = done - (at.step - at.skipped)
         checkpoint.load(self.run, path, done, self.skipped)
@@ -306,7 +327,10 @@ class Run:
         images = session.draw(self.run.network, config, prompts, self.sets.tokenizer)
         if self.recorder.first:
             path = self.recorder.dir / "samples" / f"step_{done:07d}.png"
-            self.recorder.picture(grid.save(grid.grid(images, prompts), path))
+            try:
+                self.recorder.picture(grid.save(grid.grid(images, prompts), path))
+            except OSError as error:
+                self.recorder.report.say(f"step {done}  its pictures could not be written ({error.strerror})")
 
     def _record(self, row: dict[str, Any]) -> None:
         done = row["step"] + 1

@@ -114,14 +114,7 @@ class Saver:
         assert not self.busy, "one save at a time"
         began = time.monotonic()
         folder = checkpoints.folder_of(self.run_dir, self.place)
-        places: list[packed.Place] | str
-        try:
-            self._image = self._image or packed.Image()
-            self._image.clear()
-            with session.settled():
-                places = packed.pack(self.keyed(session), groups.rank(), self._image)
-        except OSError as error:
-            places = f"no memory for a copy of the state: {error.strerror}"
+        places = self._copy(session)
         token, trouble = groups.decided_together(places, lambda every: self._plan(every, config, position))
         self._save = save = _Save(
             step=position.step,
@@ -139,14 +132,34 @@ class Saver:
             self._writer.submit("write", folder=str(save.folder), files=files, first=first, share=share)
         save.blocked_s = time.monotonic() - began
 
+    def _copy(self, session: Session) -> list[packed.Place] | str:
+        """This rank's share of the state, into its image; or why not, empty if because of another rank. Collective,
+        whatever happens to this rank."""
+        try:
+            self._image = self._image or packed.Image()
+            trouble = None
+        except OSError as error:
+            trouble = error
+        if groups.agree([trouble is not None]) != [0]:  # all ranks, as they make the state together
+            return _no_memory(trouble) if trouble else ""
+        assert self._image
+        self._image.clear()
+        try:
+            with session.settled():
+                return packed.pack(self.keyed(session), groups.rank(), self._image)
+        except OSError as error:
+            return _no_memory(error)
+
     def _plan(
         self, every: list[list[packed.Place] | str], config: Config, position: Position
     ) -> tuple[str, str | None]:
         """Of rank 0: adds to its image what describes the whole; (a name no other try has, what is in the way)."""
-        token, places = secrets.token_hex(4), []
-        for rank, found in enumerate(every):
-            if isinstance(found, str):
-                return token, f"rank {rank}: {found}"
+        token, places = secrets.token_hex(4), list[packed.Place]()
+        refused = [f"rank {rank}: {found}" for rank, found in enumerate(every) if found and isinstance(found, str)]
+        if refused:
+            return token, refused[0]
+        for found in every:
+            assert not isinstance(found, str)
             places += found
         assert self._image
         try:
@@ -154,7 +167,7 @@ class Saver:
                 self._image.add(name, content)
             self._image.add(checkpoints.STATE, checkpoint.state_text(config, position, groups.world_size()).encode())
         except OSError as error:
-            return token, f"rank 0: no memory for a copy of the state: {error.strerror}"
+            return token, f"rank 0: {_no_memory(error)}"
         return token, None
 
     def poll(self, all_done: bool | None = None) -> Saved | None:
@@ -269,6 +282,10 @@ class Saver:
         if self._image:
             self._image.close()
         self._writer = self._image = self._save = None
+
+
+def _no_memory(error: OSError) -> str:
+    return f"no memory for a copy of the state: {error.strerror}"
 
 
 def save(session: Session, config: Config, position: Position, run_dir: Path) -> Path:

@@ -128,6 +128,11 @@ class Watchdog:
         assert phase in PHASES, phase
         self._now = (step, phase, time.monotonic())
 
+    def alive(self) -> None:
+        """The main thread waits for something that has a limit of its own, such as a save."""
+        step, phase, _ = self._now
+        self._now = (step, phase, time.monotonic())
+
     def _watch(self) -> None:
         while not self._end.wait(self._beat_s):
             self._beat()

@@ -82,3 +82,20 @@ def test_none_are_allowed_where_the_fraction_is_0(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / FILE, samples=10**9, max_fraction=0.0)
     with pytest.raises(CheckFailed, match=r"1 of 1000000000 .* 00000000.png \(image damaged\)\.$"):
         quarantine.add([bad(0)], 0)
+
+
+def test_storage_that_takes_nothing_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    quarantine = Quarantine(tmp_path / FILE, samples=1000, max_fraction=0.01)
+    quarantine.add([bad(1)], 1)
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        quarantine.add([bad(2)], 2)
+        assert quarantine.count == 2
+        assert quarantine.trouble is not None
+        assert quarantine.trouble.startswith(f"{tmp_path / FILE} could not be written (No space left on device)")
+        assert [line["sample"] for line in lines(tmp_path / FILE)] == [1], "nothing torn is left"
+    quarantine.add([], 3)
+    assert quarantine.trouble is None
+    assert [(line["sample"], line["step"]) for line in lines(tmp_path / FILE)] == [(1, 1), (2, 2)]

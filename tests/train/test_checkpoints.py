@@ -1,5 +1,6 @@
 """Checkpoints as folders: what counts as whole, which are kept, what is said of the others."""
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -164,3 +165,25 @@ def test_other_formats_say_why_not(written: object, why: str, tmp_path: Path) ->
     path = folders.write(tmp_path, 1, {"state.json": json.dumps({"format": written}).encode()})
     with pytest.raises(InputError, match=f"has format .*, this version reads mpdit-checkpoint/2 and .*{why}"):
         checkpoints.state(path)
+
+
+@pytest.mark.parametrize("name", [checkpoints.MANIFEST, checkpoints.STATE])
+def test_storage_that_fails_is_no_damage(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passed over, a whole checkpoint would be removed by the next save."""
+    folders.write(tmp_path, 4)
+    newest = folders.write(tmp_path, 8)
+
+    def stale(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        if path.name == name:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return plain(path, *arguments, **keywords)
+
+    plain = Path.open
+    monkeypatch.setattr(Path, "open", stale)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: path.open("rb").read())
+    with pytest.raises(
+        checkpoints.Unreadable, match=r"can't be read \(Stale file handle\); mend the storage and start"
+    ):
+        checkpoints.newest(tmp_path, pytest.fail)
+    monkeypatch.undo()
+    assert checkpoints.newest(tmp_path, pytest.fail) == newest

@@ -172,6 +172,13 @@ def troubled(rank: int, world: int, config: Config) -> list[str]:
     bench.saver.patience_s = 2.0
     bench.begin(6)
     fails(6, f"rank {world - 1}: the storage took no byte for 2 s")
+    bench.saver.close()
+    create, lacking = os.memfd_create, OSError(24, "Too many open files")
+    if rank == world - 1:  # while the state is made together, one has no memory to put it in
+        os.memfd_create = lambda name: (_ for _ in ()).throw(lacking)
+    bench.begin(8)
+    os.memfd_create = create
+    fails(8, f"rank {world - 1}: no memory for a copy of the state: Too many open files")
     bench.end()
     return bench.said
 
@@ -181,7 +188,7 @@ def test_trouble_on_one_rank_gives_the_save_up_on_all_and_the_next_one_works(tin
     config = tiny.config(tiny_set, parallel={"distributed_optimizer": True}, train={"keep_last": 1})
     said = ranks.run(2, troubled, config=tiny.with_run_dir(config, tmp_path))
     assert said[1] == [], "the first rank speaks"
-    assert len(said[0]) == 3
+    assert len(said[0]) == 4
     assert said[0][0].startswith("checkpoint of step 1 could not be written (rank 0: ")
     assert said[0][0].endswith("there is no good one: all 1 steps are at risk.")
     assert said[0][1].endswith("the newest good one is step 3: 1 steps are at risk.")
