@@ -32,9 +32,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from contenders import BASELINE, CONTENDERS, Case, Contender  # which reads the repository's tests, no package of mpdit
+from mpdit.parallel import accel
 
-from mpdit_kernels.linear import linear
+accel.enter()  # before anything imports megatron-core, which has much to say about what is not installed
+
+from contenders import BASELINE, CONTENDERS, Case, Contender  # noqa: E402  (reads the repository's tests)
+
+from mpdit_kernels.linear import linear  # noqa: E402
 
 SHAPES = ("256/64+16/8", "512/64+32/4", "256/256+64/16", "512/256+64/4")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
