@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
@@ -97,3 +98,23 @@ def set_scales(ctx: Context, stages: Sequence[nn.Module], kept: Mapping[str, Map
         for kind, value in kinds.items():
             if kind in kept.get(name, {}):
                 value.copy_(kept[name][kind])
+
+
+class Undo:
+    """What delayed scaling remembers under `stages`, as it was at the last :meth:`mark`. Costs nothing where nothing is
+    remembered; no collectives, as the ranks of a layer agree before and after.
+
+    Both backends move scales on at the end of each pass, in place: between steps nothing of a step is still to come.
+    """
+
+    def __init__(self, ctx: Context, stages: Sequence[nn.Module]) -> None:
+        self._live = (_te(ctx) or fp8).remembered(ctx, stages)
+        self._marked = [tensor.clone() for tensor in self._live]
+
+    def mark(self) -> None:
+        if self._live:  # torch refuses empty lists
+            torch._foreach_copy_(self._marked, self._live)
+
+    def back(self) -> None:
+        if self._live:
+            torch._foreach_copy_(self._live, self._marked)

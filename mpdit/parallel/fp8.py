@@ -247,3 +247,8 @@ def state(stages: Sequence[nn.Module]) -> dict[str, dict[str, Tensor]]:
         for name, found in products(stages)
         if isinstance(found, Delayed)
     }
+
+
+def remembered(ctx: Context, stages: Sequence[nn.Module]) -> list[Tensor]:
+    """The tensors of :func:`state` themselves, of all stages."""
+    return [tensor for kinds in state(stages).values() for tensor in kinds.values()]

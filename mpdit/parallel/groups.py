@@ -113,6 +113,7 @@ def replica_rank() -> int:
 
 
 def replicas() -> int:
+    """Ranks that hold the same part of the model as this one."""
     return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mpdit.parallel import sharded
+from mpdit.parallel import groups, sharded
 
 FILE_BYTES = 2**30  # a file is closed once it is larger: whoever verifies reads several at a time
 
@@ -131,7 +131,7 @@ def pack(tensors: Iterable[tuple[str, Tensor, Tensor]], rank: int, image: Image)
     Raises OSError when memory is out, after `tensors` is exhausted: the other ranks go through it too.
     """
     places: list[Place] = []
-    shares, trouble, files = Shares(sharded.replicas()), None, 0
+    shares, trouble, files = Shares(groups.replicas()), None, 0
     for key, value, like in tensors:
         described = sharded.tensor(key, value, like)
         *model_ranks, data_rank = described.replica_id

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
     CachedMetadataFileSystemReader,
 )
@@ -50,11 +50,6 @@ def tensor(key: str, value: Tensor, like: Tensor) -> Any:
     if dim is not None:
         return make_tp_sharded_tensor_for_checkpoint(value, key, tp_axis=dim)
     return make_sharded_tensor_for_checkpoint(value, key)
-
-
-def replicas() -> int:
-    """Ranks that hold the same part of the model as this one."""
-    return int(parallel_state.get_data_parallel_world_size(with_context_parallel=True))
 
 
 def load(tensors: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:

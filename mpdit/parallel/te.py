@@ -209,6 +209,12 @@ def set_scales(ctx: Context, stages: Sequence[nn.Module], kept: Mapping[str, Map
             forward.amax_history[:, :2], backward.amax_history[:, :1] = history[:, :2], history[:, 2:]
 
 
+def remembered(ctx: Context, stages: Sequence[nn.Module]) -> list[Tensor]:
+    """The tensors themselves that TE writes its scales and histories into: they are the same ones throughout."""
+    states = [layer.fp8_meta[key] for _, layer in _scaled(ctx, stages) for key in (_FORWARD, _BACKWARD)]
+    return [tensor for state in states for tensor in (state.scale, state.amax_history)]
+
+
 def _scaled(ctx: Context, stages: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
     """(the weight's name, layer) of those that keep scales from step to step, which they then have."""
     for stage in stages if fp8_rules.remembers(ctx.config) else ():

@@ -13,7 +13,7 @@ from mpdit.models import repa
 from mpdit.models.layers import Inputs
 from mpdit.mup.roles import collect
 from mpdit.mup.table import Table, merge, resolve
-from mpdit.parallel import accel, context, groups, init, optimizer, schedule, stages
+from mpdit.parallel import accel, backend, context, groups, init, optimizer, schedule, stages
 from mpdit.parallel.context import Context
 from mpdit.parallel.stages import Crossing
 from mpdit.parallel.timers import Timers
@@ -79,6 +79,7 @@ class Session:
     optimizer: Any
     scheduler: Any
     ema: EMA
+    undo: backend.Undo  # of what FP8 learnt of a step
 
     def forward_backward(self, micro_batches: list[Batch]) -> float:
         """Zero the gradients, run the micro-batches, leave reduced gradients; the mean loss, on every rank."""
@@ -87,6 +88,7 @@ class Session:
         self.optimizer.zero_grad()
         if (timers := self.network.timers) is not None:
             timers.clear()
+        self.undo.mark()
         return self.network.forward_backward(micro_batches)
 
     def repa_loss(self) -> float:
@@ -105,7 +107,12 @@ class Session:
         return float(norm)
 
     def skip(self) -> None:
-        """Go on without an update: the schedule follows the step's number, Adam's count does not."""
+        """Go on without an update: the schedule follows the step's number, Adam's count does not.
+
+        What delayed scaling learnt of the step is forgotten: one amax that is not finite, or far too large, would spoil
+        its scales for as many passes as the history is long.
+        """
+        self.undo.back()
         self.scheduler.step(1)
 
     def settled(self) -> Any:
@@ -168,4 +175,5 @@ def build(config: Config) -> Session:
     adam, scheduler = optimizer.build(bare.ctx, chunks, bare.table)
     train, split = config.train, config.parallel.distributed_optimizer
     ema = EMA(chunks, train.ema_decay, train.posthoc_ema, split=split)
-    return Session(network=network, optimizer=adam, scheduler=scheduler, ema=ema)
+    undo = backend.Undo(bare.ctx, chunks)
+    return Session(network=network, optimizer=adam, scheduler=scheduler, ema=ema, undo=undo)

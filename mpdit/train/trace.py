@@ -1,7 +1,6 @@
 """``mpdit train --profile``: some steps under torch's profiler, as a trace for Perfetto and as a page to read."""
 
 import contextlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,7 +80,7 @@ class Trace:
         self._folder.mkdir(exist_ok=True)
         rank = groups.rank()
         trace, page = self._folder / f"rank_{rank}.json.gz", self._folder / f"rank_{rank}.txt"
-        beside = trace.with_name(f".{os.getpid()}.json.gz")
+        beside = trace.with_name(f".{trace.name}")  # not by pid: containers on other nodes have the same ones
         self._profile.export_chrome_trace(str(beside))
         beside.replace(trace)
         with page.open("w", encoding="utf-8") as file:

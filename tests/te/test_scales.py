@@ -212,3 +212,52 @@ def resharded(rank: int, world: int, path: Path, out: Path) -> None:
 
     dist.destroy_process_group()
     reshard(path, out, ("parallel.pp=2",))
+
+
+def skipped(rank: int, world: int, config: Config) -> tuple[Kept, Kept, Kept]:
+    """Scales before a step, once TE has learnt of it by its own Python code, and when the step is skipped."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.pytorch import quantization
+
+    from mpdit.parallel import backend, groups
+
+    bench = Bench(config)
+    with stub.building():
+        backend.set_scales(bench.ctx, bench.chunks, drawn(bench.scales()))
+    before = bench.scales()
+    bench.run.undo.mark()
+    for module in (module for chunk in bench.chunks for module in chunk.modules()):
+        for key in ("scaling_fwd", "scaling_bwd") if isinstance(module, te.Linear) and module.fp8_meta else ():
+            state = module.fp8_meta.get(key)
+            if state is not None:
+                state.amax_history[0] = 1e5
+                quantization._amax_and_scale_update(state.amax_history, state.scale, 448.0, state.recipe)
+    learnt = bench.scales()
+    bench.run.skip()
+    found = before, learnt, bench.scales()
+    groups.stop()
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, {"pp": 2})], ids=["one rank", "PP2"])
+def test_a_skipped_step_is_not_remembered(world: int, parallel: dict[str, Any], tmp_path: Path) -> None:
+    for before, learnt, after in ranks.run(world, skipped, config=of(tmp_path, **DELAYED, **parallel)):
+        assert before
+        for name, kinds in before.items():
+            assert all(not torch.equal(value, learnt[name][kind]) for kind, value in kinds.items())
+        assert same(after, before)
+
+
+@pytest.mark.dist
+def test_recipes_without_scales_have_nothing_to_undo(tmp_path: Path) -> None:
+    assert ranks.run(1, undo_tensors, config=of(tmp_path, **FP8))[0] == 0
+    assert ranks.run(1, undo_tensors, config=of(tmp_path, **DELAYED))[0] == 4 * LAYERS
+
+
+def undo_tensors(rank: int, world: int, config: Config) -> int:
+    from mpdit.parallel import groups
+
+    found = len(Bench(config).run.undo._live)
+    groups.stop()
+    return found

@@ -2,9 +2,10 @@
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -94,6 +95,30 @@ def test_short_runs_are_profiled_as_far_as_they_go(
     said = run_traced(tiny_set, tmp_path, steps=steps, profiled=profiled, start=start)
     assert [line.split()[0] for line in said] == [str(seen)] * bool(seen)
     assert (tmp_path / "profile").exists() is bool(seen)
+
+
+def test_ranks_of_one_pid_write_a_trace_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers on two nodes: while one rank writes, another writes and is done."""
+    writer = 0
+
+    def written(rank: int, meanwhile: Callable[[], None]) -> None:
+        def export(path: str) -> None:
+            nonlocal writer
+            Path(path).write_text(f"of rank {rank}")
+            meanwhile()
+            writer = rank
+
+        nonlocal writer
+        writer = rank
+        profiled = SimpleNamespace(export_chrome_trace=export, key_averages=lambda: [])
+        one = SimpleNamespace(_folder=tmp_path / "profile", _profile=profiled, _steps=1, _say=lambda _: None)
+        trace.Trace._write(cast(Any, one))
+
+    monkeypatch.setattr("mpdit.parallel.groups.rank", lambda: writer)
+    monkeypatch.setattr(trace, "_page", lambda *_: [])
+    written(0, meanwhile=lambda: written(1, meanwhile=lambda: None))
+    traces = {path.name: path.read_text() for path in (tmp_path / "profile").glob("*.gz")}
+    assert traces == {"rank_0.json.gz": "of rank 0", "rank_1.json.gz": "of rank 1"}
 
 
 def test_a_gpus_kernels_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
