@@ -69,7 +69,10 @@ class Trace:
         self._done += 1
         if self._done == self._first + self._steps:
             self._profile.stop()
-            self._write()
+            try:
+                self._write()
+            except (OSError, RuntimeError) as error:  # torch's own writer has the second
+                self._say(f"{self._folder}: the profile could not be written ({' '.join(str(error).split())})")
             self._profile = None
 
     def phase(self, name: str) -> contextlib.AbstractContextManager[Any]:

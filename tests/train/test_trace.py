@@ -159,3 +159,12 @@ def test_a_gpus_kernels_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows["phases"] == [["data"], ["0.5000"]]
     assert rows["kinds"][:2] == [["matrix products", "communication"], ["1.0000", "0.5000"]]
     assert rows["operators"][:3] == [["nvjet_gemm", "ncclDevKernel_AllReduce"], ["2", "2"], ["1.0000", "0.5000"]]
+
+
+@pytest.mark.dist
+def test_a_full_disk_costs_the_profile_alone(tiny_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile/rank_0.txt").mkdir()  # a name that can't be written
+    (said,) = run_traced(tiny_set, tmp_path, steps=9, profiled=2)
+    assert said.startswith(f"{tmp_path / 'profile'}: the profile could not be written (")
+    assert "Is a directory" in said
