@@ -162,6 +162,8 @@ def both_ways(rank: int, world: int, config: Config) -> dict[str, Any]:
         found[name], found[f"{name}, bad"] = [], []
         for _ in range(STEPS):
             step = feed.next()
+            if name == "ahead":
+                feed._coming.exception()  # until the next step is made too
             found[name].append([(m.sample_key, m.height, float(m.inputs.image_BCHW.sum())) for m in step])
             found[f"{name}, bad"].append([bad.sample for bad in feed.take_bad()])
         feed.close()
