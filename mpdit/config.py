@@ -239,7 +239,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The sections and keys that a YAML file or a run folder names, as they stand. Raises InputError."""
-    tree = read_yaml(_file(path), "a config") or {}
+    tree = read_yaml(_file(path), "a config")
+    if tree is None:  # which training must not take for the defaults
+        raise InputError(
+            f"{_file(path)}: is empty; it should hold sections such as 'model:', or {{}} for the defaults."
+        )
     if not isinstance(tree, dict):
         raise InputError(
             f"{_file(path)}: should hold sections such as 'model:' and 'train:', but is a {type(tree).__name__}."

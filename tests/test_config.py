@@ -69,8 +69,15 @@ def test_floats_come_back_to_the_last_bit(number: float) -> None:
     assert configs.from_dict(yaml.safe_load(configs.dump(config))).optim.eps == number
 
 
-def test_an_empty_file_and_empty_sections_are_the_defaults(tmp_path: Path) -> None:
-    assert configs.load(write(tmp_path, "")) == Config()
+@pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n"])
+def test_an_empty_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(InputError, match=r"config\.yaml: is empty; it should hold sections"):
+        configs.load(path)
+
+
+def test_empty_sections_are_the_defaults(tmp_path: Path) -> None:
+    assert configs.load(write(tmp_path, "{}")) == Config()
     assert configs.load(write(tmp_path, "# nothing yet\nmodel:\nmup:\n  lr_mult:\n")) == Config()
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mpdit import files
 from mpdit.errors import InputError
 
 FORMAT = "mpdit-cache/1"
@@ -259,9 +259,5 @@ def write_part(folder: Path, part: int, rows: Sequence[np.ndarray], dimensions: 
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Written beside, synced and renamed: `path` is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
+    with files.replaced(path) as file:
         np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpdit import files
 from mpdit.data import pretrained
 from mpdit.data.pretrained import whole_number
 from mpdit.errors import InputError
@@ -92,7 +93,7 @@ class Encoder:
     def save(self, folder: Path) -> None:
         """Write down which encoder it is; the weights stay where they are."""
         known = {"kind": self.kind, "folder": str(self.folder), "sha256": self.sha256}
-        (folder / self.FILE).write_text(json.dumps(known) + "\n", encoding="utf-8")
+        files.replace(folder / self.FILE, json.dumps(known) + "\n")
 
     def check_length(self, length: int) -> None:
         """Raises InputError if it can't read captions of so many tokens."""

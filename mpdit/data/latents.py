@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpdit import files
 from mpdit.data import pretrained
 from mpdit.data.pretrained import whole_number
 from mpdit.errors import InputError
@@ -113,7 +114,7 @@ class Autoencoder:
     def save(self, folder: Path) -> None:
         """Write down which autoencoder it is; the weights stay where they are."""
         known = {"folder": str(self.folder), "sha256": self.sha256}
-        (folder / self.FILE).write_text(json.dumps(known) + "\n", encoding="utf-8")
+        files.replace(folder / self.FILE, json.dumps(known) + "\n")
 
     def same_as_in(self, run: Path) -> None:
         """Raises InputError if :meth:`save` has written down another one in the run folder `run`."""

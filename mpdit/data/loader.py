@@ -91,7 +91,11 @@ class Loader:
         self._decoder = self._start()
 
     def next(self) -> MicroBatch:
-        """The next micro-batch. Raises InputError when a bad sample finds no good one to stand in for it."""
+        """The next micro-batch.
+
+        Raises InputError when a bad sample finds no good one to stand in for it, and the decoder's RuntimeError where
+        no sample is to blame.
+        """
         if os.getpid() != self._pid:
             raise RuntimeError("this loader was built in another process; its threads did not survive the fork")
         while True:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 
+from mpdit import files
 from mpdit.data import encoders
 from mpdit.data.encoders import Encoder, Text
 from mpdit.data.shards import Shards, class_names
@@ -91,7 +92,7 @@ class SentencePiece(_Ids):
 
     def save(self, folder: Path) -> None:
         """Write the model file, byte for byte."""
-        (folder / self.FILE).write_bytes(self._model)
+        files.replace(folder / self.FILE, self._model)
 
     def encode(self, captions: Sequence[str], length: int) -> np.ndarray:
         """Token ids, int64 (B, L = `length`): the caption's, the end of text when it fits, then padding (id 0)."""
@@ -134,7 +135,7 @@ class Labels(_Ids):
 
     def save(self, folder: Path) -> None:
         """Write the names as a JSON list, whose hash is :attr:`sha256`."""
-        (folder / self.FILE).write_text(self._json, encoding="utf-8")
+        files.replace(folder / self.FILE, self._json)
 
     def encode(self, captions: Sequence[str], length: int) -> np.ndarray:
         """Class numbers, int64 (B, 1). Raises InputError for a caption that is no class or a `length` but 1."""

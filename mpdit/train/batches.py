@@ -38,6 +38,7 @@ class Batch:
     target_SBP: dict[str, Tensor] | None = None  # what the objective compares with, as tokens
     weight_B: Tensor | None = None  # of each image in the loss; None: all one
     sample_key: int = 0  # of the (sample id, visit) pairs in it, whatever their order; sums over micro-batches
+    read_ids: tuple[int, ...] = ()  # whose pixels and captions these are, where this rank reads any
 
 
 def loss(config: Config, prediction_SBK: Tensor, batch: Batch) -> Tensor:
@@ -171,7 +172,8 @@ class TrainFeed:
             nothing = torch.empty(0)
             inputs = Inputs(image_BCHW=nothing, time_B=nothing, text_BL=nothing)
             batch = Batch(size=len(ids), height=height, width=width, inputs=inputs)
-        batch = dataclasses.replace(batch, sample_key=sample_key(read_ids, visits))
+        key = sample_key(read_ids, visits)
+        batch = dataclasses.replace(batch, sample_key=key, read_ids=tuple(read_ids.tolist()))
         return with_features(batch, self.views.features(m.images, read_ids, flipped)) if self.views.teaches else batch
 
     def take_bad(self) -> list[Bad]:

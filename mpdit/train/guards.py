@@ -5,12 +5,12 @@ import dataclasses
 import enum
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from mpdit import files
 from mpdit.config import Guard
 from mpdit.errors import InputError
 from mpdit.train.metrics import read_metrics
@@ -135,12 +135,7 @@ def write(run_dir: Path, bad: BadStep) -> Path:
     path = path_of(run_dir, bad.step)
     path.parent.mkdir(exist_ok=True)
     values = dataclasses.asdict(bad) | {"verdict": bad.verdict.name}
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"format": FORMAT, **_texts(values)}, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    files.replace(path, json.dumps({"format": FORMAT, **_texts(values)}, indent=1, allow_nan=False) + "\n")
     return path
 
 

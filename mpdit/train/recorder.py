@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Self
 
+from mpdit import files
 from mpdit.config import Config, dump, to_dict
 from mpdit.errors import InputError
 from mpdit.mup.table import Table, rows
@@ -57,7 +58,8 @@ class Recorder:
         self.tracker: Tracker | None = None
         if self.first:
             open_values = dataclasses.replace(config, parallel=asked.parallel)
-            (self.dir / "config.yaml").write_text(redact_uri(dump(open_values)), encoding="utf-8")
+            # Each start writes these again: a kill leaves those of the start before.
+            files.replace(self.dir / "config.yaml", redact_uri(dump(open_values)))
             sets.tokenizer.save(self.dir)  # pictures need no data set
             if sets.autoencoder is not None:
                 sets.autoencoder.save(self.dir)
@@ -94,7 +96,7 @@ class Recorder:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    files.replace(path, json.dumps(value, indent=1) + "\n")
 
 
 def _warn(text: str) -> None:

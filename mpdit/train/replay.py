@@ -10,6 +10,8 @@ from typing import Any
 
 from mpdit import config as configs
 from mpdit.config import Config
+from mpdit.data.mixture import Mixture
+from mpdit.data.shards import BadSample
 from mpdit.errors import InputError
 from mpdit.parallel import fp8_rules, groups
 from mpdit.train import batches, checkpoint, checkpoints, session
@@ -62,7 +64,7 @@ def replay(config: Config, path: Path, bad: BadStep) -> int:
     feed.close()
     verdict = bad.limits.verdict(loss, norm)
     _say(f"step {bad.step}: loss {loss:.6g}, gradient norm {norm:.6g}; recorded: {bad.reason}")
-    _name_samples(bad, sets, _losses_alone(config, sets, run, bad.step))
+    _name_samples(bad, sets.train, _losses_alone(config, sets, run, bad.step))
     if verdict is bad.verdict:
         _say("reproduced")
         return 0
@@ -101,24 +103,40 @@ def find_start(
     return path, at
 
 
-def _losses_alone(config: Config, sets: Sets, run: session.Session, step: int) -> list[float]:
-    """Each sample's own loss, in the order of the global batch; collective."""
+def _losses_alone(config: Config, sets: Sets, run: session.Session, step: int) -> list[tuple[float, int]]:
+    """Each place's own loss, and the sample that was read for it, in the order of the global batch; collective.
+
+    Only ranks that read samples themselves, the first among them, know which.
+    """
     alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, micro_batch=1))
     feed = batches.TrainFeed(alone, sets.train, sets.plan, sets.tokenizer, step)
+    micro_batches = feed.next()
     with run.settled():
-        losses = run.network.each_loss(feed.next())
+        losses = run.network.each_loss(micro_batches)
     feed.close()
-    return [float(loss) for loss in losses.flatten()]
+    every = groups.gather_objects_over_data([sample for batch in micro_batches for sample in batch.read_ids])
+    read_ids = [sample for of_rank in every for sample in of_rank]
+    return list(zip(losses.flatten().tolist(), read_ids, strict=groups.rank() == 0))
 
 
-def _name_samples(bad: BadStep, sets: Sets, losses: list[float]) -> None:
-    samples = list(zip(losses, bad.sample_ids, bad.visits, strict=True))
-    broken = [sample for sample in samples if not math.isfinite(sample[0])]
-    largest = sorted(samples, reverse=True)[:_LARGEST]
-    _say(f"samples whose own loss is not finite: {len(broken)} of {len(samples)}")
-    for loss, sample, visit in broken or largest:
-        caption = json.dumps(sets.train.caption(sample), ensure_ascii=False)
-        _say(f"  loss {loss:.6g}: sample {sample}, visit {visit}, {sets.train.where(sample)}, caption {caption}")
+def _name_samples(bad: BadStep, train: Mixture, found: list[tuple[float, int]]) -> None:
+    if groups.rank():
+        return
+    places = [(*own, *key) for own, key in zip(found, zip(bad.sample_ids, bad.visits, strict=True), strict=True)]
+    broken = [place for place in places if not math.isfinite(place[0])]
+    largest = sorted(places, reverse=True)[:_LARGEST]
+    _say(f"samples whose own loss is not finite: {len(broken)} of {len(places)}")
+    for loss, read, planned, visit in broken or largest:
+        instead = "" if read == planned else f", in the place of sample {planned}, which is damaged"
+        named = f"sample {read}, visit {visit}, {train.where(read)}, caption {_caption(train, read)}"
+        _say(f"  loss {loss:.6g}: {named}{instead}")
+
+
+def _caption(train: Mixture, sample: int) -> str:
+    try:
+        return json.dumps(train.caption(sample), ensure_ascii=False)
+    except BadSample as error:  # damaged since the step read it
+        return f"unreadable ({error.reason})"
 
 
 def _say(text: str) -> None:

@@ -216,3 +216,26 @@ def test_what_is_no_sample_s_fault_is_not_held_against_one(config: Config, monke
         with pytest.raises(RuntimeError, match="out of memory"):
             loader.next()
         assert loader.take_bad() == []
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_decoder_that_decodes_nothing_accuses_no_sample(
+    config: Config, monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    """As a GPU without memory: each picture fails, also alone, and the real error has to come out."""
+    mixture = opened(Path(config.data.path))
+    assert decode.damaged([picture(0), b"junk", picture(2)], channels) == [1]
+
+    def run(_: decode.Decoder) -> torch.Tensor:
+        raise RuntimeError("CUDA out of memory")
+
+    with Loader(mixture, mixture.plan(config), micro_batch=BATCH, channels=channels) as loader:
+        loader.next()
+        monkeypatch.setattr(decode.Decoder, "run", run)
+        with pytest.raises(RuntimeError, match="CUDA out of memory"):
+            loader.next()
+        assert loader.take_bad() == []
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        fixed(mixture, [0, 2], (8, 8), channels=channels)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        decode.decode([picture(0)], 8, 8, channels=channels)

@@ -1,5 +1,6 @@
 """``mpdit checkpoint``: what there is, whether it is whole, and the same tensors in other files."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -180,3 +181,27 @@ def test_reshard_refuses_a_damaged_one(copy: Path, tmp_path: Path) -> None:
     assert code == 2
     assert "__1_0.distcp: is damaged" in error
     assert not list(tmp_path.glob("out*"))
+
+
+def test_reshard_tells_of_an_out_that_cannot_be_written(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it reads the checkpoint, which is damaged here; and what a full disk leaves is removed."""
+    from mpdit_tools.checkpoint import reshard
+
+    source, file = copy / "checkpoints/step_4", tmp_path / "file"
+    file.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(reshard.packed, "put", _full_disk)
+        code, _, error = commands.run("checkpoint", "reshard", source, "--out", tmp_path / "out")
+    assert code == 2
+    assert f"--out {tmp_path / 'out'}: can't be written to (No space left on device); name another folder." in error
+    assert not list(tmp_path.glob("out*"))
+    folders.damage(source / "__1_0.distcp", "flipped")
+    code, _, error = commands.run("checkpoint", "reshard", source, "--out", file / "out")
+    assert code == 2
+    assert f"--out {file / 'out'}: can't be written to (Not a directory); name another folder." in error
+
+
+def _full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,6 +1,7 @@
 """``mpdit data cache``: the same bytes however it was built, also when killed; what it says when it can't."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -169,4 +170,23 @@ def test_what_it_needs_is_told(overrides: list[str], words: str, built: Path) ->
     code, out, error = commands.run("data", "cache", built, *([] if options else overrides), *options)
     assert (code, out) == (2, "")
     assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.dist
+def test_a_damaged_caption_is_told(tiny_set: Path, models: Path, tmp_path: Path) -> None:
+    data = tmp_path / "set"
+    shutil.copytree(tiny_set, data)
+    tar = next(data.glob("train-*.tar"))
+    whole = tar.read_bytes()
+    tar.write_bytes(whole.replace(b"a red square", b"a bed square", 1))
+    assert tar.read_bytes() != whole
+    config = write_config(data, models, tmp_path, latents=None)
+    tree = configs.read(config)
+    tree["model"] |= {"image_size": 12, "channels": 3}
+    config.write_text(configs.dump(configs.from_dict(tree)))
+    code, out, error = commands.run(*argv(config, "--workers", 1))
+    assert (code, out) == (2, "")
+    assert f"{tar}: " in error
+    assert "caption damaged; copy the tar again or build the data set again." in error
     assert error.count("\n") == 1

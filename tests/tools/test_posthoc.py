@@ -143,19 +143,22 @@ def test_pictures_can_be_drawn_with_it(kept: Path, tmp_path: Path) -> None:
 @pytest.mark.dist
 def test_what_cannot_be_made_is_refused(kept: Path, tiny_set: Path, tmp_path: Path) -> None:
     run = shutil.copytree(kept / "two", tmp_path / "run")
+    (tmp_path / "file").touch()
     damaged = next((run / "ema" / "step_12").glob("*.distcp"))
     argvs = [["ema", run, "--sigma-rel", *words] for words in ([0.25], [0.4], [0.1, "--step", 41], [0.1, "--out", run])]
     done = ranks.run(1, commands.commands, timeout_s=90, argvs=argvs)[0]
     damaged.write_bytes(damaged.read_bytes()[:-1])
     done.append(commands.run("ema", run, "--sigma-rel", 0.1))
+    done.append(commands.run("ema", run, "--sigma-rel", 0.1, "--out", tmp_path / "file" / "out"))
+    assert not list((run / "ema").glob("*.partial-*"))
     shutil.rmtree(run / "ema")
     done.append(commands.run("ema", run, "--sigma-rel", 0.1))
-    assert [(code, out) for code, out, _ in done] == [(1, ""), *[(2, "")] * 5]
+    assert [(code, out) for code, out, _ in done] == [(1, ""), *[(2, "")] * 6]
     for (_, _, error), why in zip(
         done,
         (
             *("more than --max-error 0.05", "between 0.001 and 0.28", "between 1 and 40", "is there already"),
-            *(f"{damaged}: is damaged", "has no snapshots"),
+            *(f"{damaged}: is damaged", "file/out: can't be written to (Not a directory)", "has no snapshots"),
         ),
         strict=True,
     ):

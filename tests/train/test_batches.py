@@ -1,5 +1,6 @@
 """Steps and validation over buckets, from the shards to the loss: a shape a step, and a mean over images, not lists."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_a_bucket_without_images_has_no_list(mixed_set: Path) -> None:
 
 
 def both_ways(rank: int, world: int, config: Config) -> dict[str, Any]:
-    """Keys and shapes of the first steps, made when they are asked for and ahead; and what ends a thread."""
+    """Keys, shapes and bad samples of the first steps, made when asked for and ahead; and what ends a thread."""
     import threading
 
     from mpdit.parallel import groups
@@ -158,9 +159,13 @@ def both_ways(rank: int, world: int, config: Config) -> dict[str, Any]:
     sets, found = Sets.open(config), {}
     for name, wrap in (("asked", lambda feed: feed), ("ahead", batches.Ahead)):
         feed = wrap(batches.TrainFeed(config, sets.train, sets.plan, sets.tokenizer, 0))
-        steps = [feed.next() for _ in range(STEPS)]
-        found[name] = [[(m.sample_key, m.height, float(m.inputs.image_BCHW.sum())) for m in step] for step in steps]
-        found[f"{name}, bad"] = [bad.sample for bad in feed.take_bad()]
+        found[name], found[f"{name}, bad"] = [], []
+        for _ in range(STEPS):
+            step = feed.next()
+            if name == "ahead":
+                feed._coming.exception()  # until the next step is made too
+            found[name].append([(m.sample_key, m.height, float(m.inputs.image_BCHW.sum())) for m in step])
+            found[f"{name}, bad"].append([bad.sample for bad in feed.take_bad()])
         feed.close()
     found["threads"] = [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
 
@@ -175,8 +180,25 @@ def both_ways(rank: int, world: int, config: Config) -> dict[str, Any]:
 
 
 @pytest.mark.dist
-def test_batches_made_ahead_are_the_same(mixed_set: Path) -> None:
-    found = ranks.run(1, both_ways, config=config_of(mixed_set, {"micro_batch": 4}))[0]
+def test_batches_made_ahead_are_the_same(mixed_set: Path, tmp_path: Path) -> None:
+    """And the bad samples are told after the same step, though they are found during the one before."""
+    data = shutil.copytree(mixed_set, tmp_path / "set")
+    damaged = [damage(data, sample) for sample in (1, 7, 12)]
+    found = ranks.run(1, both_ways, config=config_of(data, {"micro_batch": 4}))[0]
     assert found["ahead"] == found["asked"]
     assert len(found["ahead"][0]) == 2
+    assert found["ahead, bad"] == found["asked, bad"]
+    assert sorted(bad for step in found["ahead, bad"] for bad in step) == damaged
     assert found["threads"] == []
+
+
+def damage(data: Path, sample: int) -> int:
+    """Flip a bit of its picture."""
+    from mpdit.data.shards import Shards
+
+    shards = Shards.open(data, "train")
+    tar, (image, _) = Path(shards.where(sample).split(": ")[0]), shards.read(sample)
+    whole, middle = tar.read_bytes(), len(image) // 2
+    assert whole.count(image) == 1
+    tar.write_bytes(whole.replace(image, image[:middle] + bytes([image[middle] ^ 1]) + image[middle + 1 :]))
+    return sample

@@ -13,7 +13,9 @@ import pytest
 import commands
 import ranks
 import tiny
+from mpdit.data.mixture import Mixture
 from mpdit.data.shards import Shards
+from mpdit.train.replay import _caption
 
 DP2 = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 STEP = 5
@@ -109,3 +111,45 @@ def test_a_rollback_on_the_way_is_gone_through(tiny_set: Path, tmp_path: Path) -
     assert code == 0, out + error
     assert "checkpoints/step_4 at step 7, 1 steps before step 8" in out
     assert float(out.split("the losses of these steps are the run's to ")[1].split()[0]) < 1e-5
+
+
+@pytest.mark.dist
+def test_a_stand_in_is_named_for_the_damaged_sample(tiny_set: Path, tmp_path: Path) -> None:
+    """Its place's key is the damaged sample's; the pixels and the caption, which the loss is of, are the other's."""
+    data, run = tmp_path / "set", tmp_path / "run"
+    shutil.copytree(tiny_set, data)
+    sections: dict[str, Any] = {
+        "train": {"steps": 4},
+        "data": {"max_bad_fraction": 0.5},
+        "parallel": {"micro_batch": 4},
+    }
+    config = tiny.with_run_dir(tiny.config(data, **sections), run)
+    plan = poison.plan_of(config)
+    batch = plan.batch(0)
+    victim, visit = int(batch.sample_ids[-1]), int(batch.visits[-1])
+    damage_caption(data, victim)
+    factors = {(victim, visit): math.nan}
+    ranks.run(1, poison.train, config=config, factors=factors)
+
+    shards, other = Shards.open(data, "train"), plan.stand_in(batch.bucket, victim, visit, 0)
+    code, out, error = replay(run / "bad_steps" / "step_0.json", factors, world=2)
+    assert code == 0, out + error
+    assert "not finite: 1 of 8" in out
+    caption = json.dumps(shards.caption(other))
+    named = f"  loss nan: sample {other}, visit {visit}, {shards.where(other)}, caption {caption}"
+    assert f"{named}, in the place of sample {victim}, which is damaged\n" in out
+
+
+def damage_caption(data: Path, sample: int) -> None:
+    shards = Shards.open(data, "train")
+    tar, caption = Path(shards.where(sample).split(": ")[0]), shards.caption(sample).encode()
+    whole = tar.read_bytes()
+    assert whole.count(caption) == 1
+    tar.write_bytes(whole.replace(caption, caption.swapcase()))
+
+
+def test_a_caption_damaged_since_it_was_read_is_no_traceback(tiny_set: Path, tmp_path: Path) -> None:
+    data = tmp_path / "set"
+    shutil.copytree(tiny_set, data)
+    damage_caption(data, 3)
+    assert _caption(Mixture.open(tiny.config(data).data, "train"), 3) == "unreadable (caption damaged)"

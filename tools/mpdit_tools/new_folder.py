@@ -17,11 +17,33 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = out.absolute()
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    make(partial, out)
+    with becoming(partial, out):
         yield partial
         partial.rename(out)
+
+
+def make(partial: Path, out: Path) -> None:
+    """The folder that is to become `out`, before anything that takes long. Raises InputError if it can't be made."""
+    try:
+        partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"--out {out}: can't be written to ({error.strerror}); name another folder.") from error
+        raise _unwritable(out, error) from error
+
+
+@contextlib.contextmanager
+def becoming(partial: Path, out: Path) -> Iterator[None]:
+    """While the caller fills `partial` and renames it to `out`; it is gone if that fails.
+
+    Raises InputError if it can't be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unwritable(out: Path, error: OSError) -> InputError:
+    return InputError(f"--out {out}: can't be written to ({error.strerror or error}); name another folder.")

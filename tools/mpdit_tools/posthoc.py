@@ -15,6 +15,7 @@ from mpdit.parallel import packed, sharded
 from mpdit.parallel.packed import Chunk, Place
 from mpdit.train import checkpoint, checkpoints, profiles, snapshots
 from mpdit.train.profiles import Mixture, Profile
+from mpdit_tools import new_folder
 from mpdit_tools.checkpoint.reshard import Files
 
 # ---- which averages there are ----------------------------------------------------------------------------------------
@@ -33,11 +34,17 @@ class Snapshot:
 def find(run_dir: Path) -> list[Snapshot]:
     """All good snapshots, oldest first. Raises InputError if there is none, or one is damaged."""
     found = []
-    for step, folder in reversed(checkpoints.steps(run_dir, snapshots.PLACE)):
+    for step, folder in sorted(_folders(run_dir)):
         checkpoints.verify(folder)
         state = checkpoints.state(folder)
         widths = tuple(float(width) for width in state.get("posthoc_ema", []))
         found.append(Snapshot(step=step, updates=step - state.get("skipped", 0), widths=widths, folder=folder))
+    return found
+
+
+def _folders(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each. Raises InputError if there is none."""
+    found = checkpoints.steps(run_dir, snapshots.PLACE)
     if not found:
         raise InputError(f"{run_dir / snapshots.PLACE}: has no snapshots; train with train.posthoc_ema=[0.05,0.1].")
     return found
@@ -58,13 +65,26 @@ def wanted(found: list[Snapshot], sigma_rel: float, step: int | None) -> Profile
 
 
 def make(run_dir: Path, sigma_rel: float, step: int | None, out: Path | None, max_error: float) -> dict[str, Any]:
-    """Write the average as a folder like a checkpoint's, with the weights alone; what was made."""
+    """Write the average as a folder like a checkpoint's, with the weights alone; what was made.
+
+    Raises InputError as :func:`find`, or for an `out` that is there or can't be written; CheckFailed above `max_error`.
+    """
+    last, _ = max(_folders(run_dir))
+    out = out or run_dir / snapshots.PLACE / f"sigma_{sigma_rel:g}-step_{last if step is None else step}"
+    if out.exists():
+        raise InputError(f"--out {out}: is there already; name a folder that is not.")
+    partial = out.absolute().with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    new_folder.make(partial, out)
+    with new_folder.becoming(partial, out):
+        return _made(run_dir, sigma_rel, step, partial, out, max_error)
+
+
+def _made(
+    run_dir: Path, sigma_rel: float, step: int | None, partial: Path, out: Path, max_error: float
+) -> dict[str, Any]:
     found = find(run_dir)
     profile = wanted(found, sigma_rel, step)
     step = found[-1].step if step is None else step
-    out = out or run_dir / snapshots.PLACE / f"sigma_{sigma_rel:g}-step_{step}"
-    if out.exists():
-        raise InputError(f"--out {out}: is there already; name a folder that is not.")
     given = [(snapshot, width) for snapshot in found for width in snapshot.widths]
     mixed = profiles.mixture([Profile(width=width, updates=one.updates) for one, width in given], profile)
     if mixed.error > max_error:
@@ -73,8 +93,6 @@ def make(run_dir: Path, sigma_rel: float, step: int | None, out: Path | None, ma
             f"{mixed.error:.2g}, more than --max-error {max_error:g}; a width between those of train.posthoc_ema, or "
             "more snapshots (train.posthoc_every), come nearer."
         )
-    partial = out.absolute().with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
     places = _write(given, mixed, partial)
     state = checkpoints.state(found[-1].folder)
     about = {"sigma_rel": sigma_rel, "updates": profile.updates, "error": mixed.error}

@@ -128,7 +128,7 @@ def _told(folder: Path) -> Told:
 
 
 def _is_training(folder: Path) -> bool:
-    """Whether a job holds the run folder, as mpdit/train/loop.py does it."""
+    """Whether a job holds the run folder, as mpdit.train.recorder.only_writer does it."""
     try:
         file = (folder / ".lock").open("r+")
     except OSError:  # no lock, or somebody else's folder that can only be read

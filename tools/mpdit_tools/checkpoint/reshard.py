@@ -18,6 +18,7 @@ from mpdit.errors import InputError
 from mpdit.parallel import fp8, groups, packed, sharded
 from mpdit.parallel.packed import Chunk, Place
 from mpdit.train import checkpoint, checkpoints, preflight
+from mpdit_tools import new_folder
 from mpdit_tools.rehearse import tiles
 from mpdit_tools.rehearse.tiles import Held
 
@@ -27,7 +28,7 @@ def reshard(
 ) -> str:
     """Write `path` again as `out`; what was done, on the first process. Collective under torchrun.
 
-    Raises InputError for a damaged checkpoint, another model's config, or an `out` that is there.
+    Raises InputError for a damaged checkpoint, another model's config, or an `out` that is there or can't be written.
     """
     if out.exists():
         raise InputError(f"--out {out}: is there already; name a folder that is not.")
@@ -39,31 +40,37 @@ def reshard(
     held = [one for one in tiles.held(_one_context(config)) if one.context == 0]
     groups.start(Parallel(), 0)
     try:
-        mine = (groups.rank(), groups.world_size())
-        wrong = groups.decided_together(_problem(path, mine), lambda every: next(filter(None, every), None))
-        if wrong:
-            raise InputError(wrong)
-        state = checkpoints.state(path)
-        token = groups.decided_by_rank_0(lambda: secrets.token_hex(4))
-        partial = out.absolute().with_name(f"{out.name}.partial-{token}")
-        partial.mkdir(parents=True, exist_ok=True)
-        layout = _Layout(ranks=ranks, parallel=config.parallel)
-        places = _write(sharded.Stored(path), held, layout, partial, mine)
-        everything = groups.decided_together(places, lambda every: [place for part in every for place in part])
-        if groups.rank() == 0:
-            written = {**state, "format": checkpoints.FORMAT, "written": checkpoint.written(config, ranks)}
-            texts = packed.index_files(everything) | {
-                checkpoints.STATE: (json.dumps(written, indent=1) + "\n").encode()
-            }
-            for name, content in texts.items():
-                (partial / name).write_bytes(content)
-            checkpoints.complete(partial, out.absolute(), checkpoints.manifest(checkpoints.hashed(partial)))
-        groups.barrier()
-        size = sum(place.size for place in everything)
-        done = f"{out}: {len(everything):,} pieces, {size:,} bytes in {len({p.file for p in everything})} files"
-        return done if groups.rank() == 0 else ""
+        partial = groups.decided_by_rank_0(lambda: _beside(out))
+        with new_folder.becoming(partial, out):
+            return _resharded(path, partial, out, held, _Layout(ranks=ranks, parallel=config.parallel), config)
     finally:
         groups.stop()
+
+
+def _beside(out: Path) -> Path:
+    partial = out.absolute().with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    new_folder.make(partial, out)
+    return partial
+
+
+def _resharded(path: Path, partial: Path, out: Path, held: list[Held], layout: "_Layout", config: Config) -> str:
+    mine = (groups.rank(), groups.world_size())
+    wrong = groups.decided_together(_problem(path, mine), lambda every: next(filter(None, every), None))
+    if wrong:
+        raise InputError(wrong)
+    places = _write(sharded.Stored(path), held, layout, partial, mine)
+    everything = groups.decided_together(places, lambda every: [place for part in every for place in part])
+    if groups.rank() == 0:
+        state = {"format": checkpoints.FORMAT, "written": checkpoint.written(config, layout.ranks)}
+        written = {**checkpoints.state(path), **state}
+        texts = packed.index_files(everything) | {checkpoints.STATE: (json.dumps(written, indent=1) + "\n").encode()}
+        for name, content in texts.items():
+            (partial / name).write_bytes(content)
+        checkpoints.complete(partial, out.absolute(), checkpoints.manifest(checkpoints.hashed(partial)))
+    groups.barrier()
+    size = sum(place.size for place in everything)
+    done = f"{out}: {len(everything):,} pieces, {size:,} bytes in {len({p.file for p in everything})} files"
+    return done if groups.rank() == 0 else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -129,11 +129,11 @@ def _of_text(config: Config, shards: "Mixture") -> "Plan":
     from mpdit.data.encoders import Encoder
     from mpdit.train import cached
     from mpdit_tools.data.cache_build import Plan
-    from mpdit_tools.data.cache_parts import Text
+    from mpdit_tools.data.cache_parts import Text, captions_of
 
     kind, model, tokens = config.data.text, config.data.text_model, config.model.text_tokens
     encoder = Encoder.open(kind, model)
-    captions = sorted({"", *(shards.caption(sample) for sample in range(len(shards)))})
+    captions = sorted({"", *captions_of(shards)})
     found_by = digests(captions)
     order = found_by.argsort()
     return Plan(

@@ -81,7 +81,7 @@ class Pictures:
         try:
             encoded = [shards.read(sample)[0] for sample in samples]
         except BadSample as error:
-            raise InputError(f"{error.where}: {error.reason}; build the data set again.") from error
+            raise _unusable(error) from error
         return decode(
             encoded,
             *self.shapes[bucket],
@@ -90,6 +90,11 @@ class Pictures:
             names=[shards.where(sample) for sample in samples],
             device=accel.device(),
         )
+
+
+def _unusable(error: BadSample) -> InputError:
+    """The sentence for a damaged sample. Training takes another in its place, but a cache holds what each one gives."""
+    return InputError(f"{error.where}: {error.reason}; copy the tar again or build the data set again.")
 
 
 def _in_order(found: dict[int, list[Row]]) -> Iterator[Row]:
@@ -150,6 +155,14 @@ class Text:
         for states_LF, pooled_P in zip(given.tokens_BL, pooled_BP, strict=True):
             real = states_LF[(states_LF != 0).any(-1)]
             yield np.concatenate([real.reshape(-1), pooled_P]), (len(real),)
+
+
+def captions_of(shards: Mixture) -> Iterator[str]:
+    """Each sample's. Raises InputError for a damaged one."""
+    try:
+        yield from map(shards.caption, range(len(shards)))
+    except BadSample as error:
+        raise _unusable(error) from error
 
 
 @functools.lru_cache(maxsize=1)
