@@ -141,6 +141,14 @@ def gather_over_stages(value: Any) -> list[Any]:
     return values
 
 
+def gather_objects_over_data(value: Any) -> list[Any]:
+    """`value` of every data-parallel rank of this place in the model, in rank order."""
+    group = parallel_state.get_data_parallel_group()
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every rank, in rank order."""
     values: list[Any] = [None] * dist.get_world_size()

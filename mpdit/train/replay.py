@@ -64,6 +64,7 @@ def replay(config: Config, path: Path, bad: BadStep) -> int:
     feed.close()
     verdict = bad.limits.verdict(loss, norm)
     _say(f"step {bad.step}: loss {loss:.6g}, gradient norm {norm:.6g}; recorded: {bad.reason}")
+    run.skip()  # with FP8's scales as they were before it
     _name_samples(bad, sets.train, _losses_alone(config, sets, run, bad.step))
     if verdict is bad.verdict:
         _say("reproduced")
