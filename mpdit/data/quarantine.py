@@ -58,17 +58,19 @@ class Quarantine:
             )
 
     def _write(self) -> None:
-        written = self._path.stat().st_size if self._path.exists() else 0
+        written = None
         try:
             with self._path.open("a", encoding="utf-8") as file:
+                written = file.tell()
                 file.write(self._unwritten)
                 file.flush()
                 os.fsync(file.fileno())
             self._unwritten, self.trouble = "", None
         except OSError as error:
             self.trouble = f"{self._path} could not be written ({error.strerror}); it is tried again with the next one"
-            with contextlib.suppress(OSError):
-                os.truncate(self._path, written)
+            if written is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._path, written)
 
     def _some(self) -> str:
         shown = [f"{bad.where} ({bad.reason})" for bad in [*self._known.values()][:_SHOWN]]

@@ -150,7 +150,10 @@ def _sha256s(files: Iterable[Path]) -> dict[Path, str]:
 def verify(path: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Compare every file, or a share of them, with the manifest. Raises InputError for a partial or damaged one,
     Unreadable where the storage fails."""
-    found = problems(path, share)
+    try:
+        found = problems(path, share)
+    except OSError as error:
+        raise Unreadable(_unread(path, error.strerror)) from error
     for sentence in found:
         if _UNREAD in sentence:
             raise Unreadable(sentence)

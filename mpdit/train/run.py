@@ -128,7 +128,6 @@ class Run:
         with self._phase(step, "data"):
             micro_batches = feed.next()
         self.bad += feed.take_bad()
-        self._samples = groups.sum_over_data(sum(m.sample_key for m in micro_batches))
         data_s = time.monotonic() - began
         with self._phase(step, "forward and backward"):
             loss = self.run.forward_backward(micro_batches)
@@ -139,6 +138,7 @@ class Run:
         with self._phase(step, "gradient norm"):
             norm = self.run.gradient_norm()
         self.judge.weigh(loss, float(norm))
+        self._samples = groups.sum_over_data(sum(m.sample_key for m in micro_batches)) % 2**48
         agreed = self.control.agree()
         self._same_samples(step, agreed)
         verdict = Verdict(agreed["verdict"])
@@ -159,7 +159,7 @@ class Run:
             "grad_norm": _finite(float(norm)),
             "images": (step + 1) * batch,
             # What was really read, not what was planned: equal numbers, equal (sample id, visit) pairs.
-            "samples": f"{self._samples % 2**48:012x}",
+            "samples": f"{self._samples:012x}",
             "epoch": round(self.sets.plan.epoch(step + 1), 4),
             "step_s": round(step_s, 6),
             "data_s": round(data_s, 6),
@@ -182,14 +182,15 @@ class Run:
         return self.trace.phase(name)
 
     def _same_samples(self, step: int, agreed: Mapping[str, int]) -> None:
-        """Raises CheckFailed, on all ranks, if the ranks of one copy of the model have not read the same: a node's copy
-        of the data is damaged, and its ranks alone have taken another sample's place."""
+        """Raises CheckFailed, on all ranks, if those of one copy of the model have not read the same: some have found
+        a sample damaged that others could read."""
         if agreed["samples"] == -agreed["other samples"]:
             return
         self._set_aside(step)
         raise CheckFailed(
-            f"step {step}: the ranks of one copy of the model have read different samples, so the data set is not the "
-            f"same on all nodes; {self.recorder.dir / FILE} names what is damaged on one of them. Copy the set again."
+            f"step {step}: the ranks of one copy of the model have read different samples: {self.recorder.dir / FILE} "
+            "has one that only some could use. If the nodes have copies of the data set, copy it again; else build it "
+            "without that sample."
         )
 
     def _set_aside(self, step: int) -> int:

@@ -40,9 +40,15 @@ def becoming(partial: Path, out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.filename and not _within(error.filename, partial, out):
+            raise InputError(f"{error.filename}: {error.strerror}; mend the storage, then start again.") from error
         raise _unwritable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _within(file: str, *folders: Path) -> bool:
+    return any(Path(file).absolute().is_relative_to(folder.absolute()) for folder in folders)
 
 
 def _unwritable(out: Path, error: OSError) -> InputError:
