@@ -121,7 +121,7 @@ def test_train_names_an_unknown_key_and_the_nearest(tmp_path: Path) -> None:
     said = one_sentence(run("train", path))
     assert f"{path}: unknown key model.widht; did you mean 'width'?" in said
     assert "unknown key train.stepz; did you mean 'steps'?" in one_sentence(
-        run("train", write(path, ""), "train.stepz=3")
+        run("train", write(path, "{}"), "train.stepz=3")
     )
 
 
